@@ -1,0 +1,212 @@
+"""Trees whose ungoverned leaves are ``None``: selection by path, None-aware maps, checks.
+
+``None`` is a leaf here and an empty subtree everywhere else in JAX; only this module knows.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._typing import Params, Prunable, PyTree
+
+_NNX_VALUES = ("value", "raw_value")
+_NOT_KERNELS = {"bias", "scale", "offset", "mean", "var"}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_POSITION = re.compile(r"pos(itions?|itional)?|pos_?emb\w*")
+
+
+def is_none(value: Any) -> bool:
+    """Whether ``value`` is ``None``; pass it as ``is_leaf`` to see ungoverned leaves."""
+    return value is None
+
+
+def path_str(path: Any) -> str:
+    """A key path as "a/b/kernel", without the trailing ``value`` that NNX adds."""
+    if isinstance(path, str):
+        return path
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if len(names) > 1 and names[-1].strip(".") in _NNX_VALUES:
+        names.pop()
+    return "/".join(name.strip(".") for name in names)
+
+
+def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves of ``tree``, ``None`` among them, each with its path."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
+    return [(path_str(path), leaf) for path, leaf in pairs]
+
+
+def map_governed(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Map ``f`` over the leaves that no tree has as ``None``; the others become ``None``."""
+
+    def call(*leaves):
+        return None if any(leaf is None for leaf in leaves) else f(*leaves)
+
+    return jax.tree.map(call, tree, *rest, is_leaf=is_none)
+
+
+def map_governed_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """``map_governed`` with the leaf's path as the first argument of ``f``."""
+
+    def call(path, *leaves):
+        return None if any(leaf is None for leaf in leaves) else f(path_str(path), *leaves)
+
+    return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_none)
+
+
+def unzip(outer: PyTree, tree: PyTree, n: int) -> tuple[PyTree, ...]:
+    """Turn a tree of ``n``-tuples (``None`` where ``outer`` is) into ``n`` trees."""
+
+    def pick(i):
+        return map_governed(lambda _, pair: pair[i], outer, tree)
+
+    return tuple(pick(i) for i in range(n))
+
+
+def kernels(path: Any, leaf: Any) -> bool:
+    """Whether a leaf looks like the weight of a matmul or convolution: the default ``prunable``.
+
+    True for floating leaves with two or more axes, unless the leaf is named a bias, scale, offset,
+    mean or var, or a component of its path names an embedding or a position. For certainty,
+    ask the model itself with ``jp.matmul_weights``.
+
+    Args:
+      path: the leaf's path, "a/b/kernel" or a JAX key path.
+      leaf: an array or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      A bool.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.kernels("dense/kernel", jnp.ones((2, 3))), jp.kernels("dense/bias", jnp.ones((2, 3)))
+      (True, False)
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or len(leaf.shape) < 2:
+        return False
+    parts = path_str(path).split("/")
+    if any(_names_embedding(part) for part in parts):
+        return False
+    words = _words(parts[-1])
+    return not words or (words[-1] not in _NOT_KERNELS and words[0] != "bias")
+
+
+def matching(pattern: str) -> Prunable:
+    """A ``prunable`` predicate: floating leaves whose path matches a regular expression anywhere.
+
+    Args:
+      pattern: searched (``re.search``) in paths such as "encoder/dense_0/kernel".
+
+    Returns:
+      ``prunable(path, leaf) -> bool``.
+
+    Raises:
+      ValueError: from whatever uses it, when the pattern matches no leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.select({"a": jnp.ones(2), "b": jnp.ones(2)}, jp.matching("^a$"))["b"] is None
+      True
+    """
+    compiled = re.compile(pattern)
+
+    def prunable(path: Any, leaf: Any) -> bool:
+        del leaf
+        return compiled.search(path_str(path)) is not None
+
+    prunable.__name__ = f"matching({pattern!r})"
+    return prunable
+
+
+def select(params: Params, prunable: Prunable = kernels) -> Params:
+    """Keep the governed leaves of ``params``; the others become ``None``.
+
+    Args:
+      params: any tree of arrays.
+      prunable: ``prunable(path, leaf) -> bool``.
+
+    Returns:
+      A tree of the same structure.
+
+    Raises:
+      ValueError: if no leaf is selected (the message lists the paths), or a selected leaf is empty.
+      TypeError: if a selected leaf is not a floating array.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.select({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})["bias"] is None
+      True
+    """
+
+    def pick(path, leaf):
+        name = path_str(path)
+        if leaf is None or not prunable(name, leaf):
+            return None
+        check_prunable(name, leaf)
+        return leaf
+
+    selected = jax.tree_util.tree_map_with_path(pick, params, is_leaf=is_none)
+    if jax.tree.leaves(params) and not jax.tree.leaves(selected):
+        name = getattr(prunable, "__name__", repr(prunable))
+        seen = ", ".join(path for path, leaf in leaves_with_paths(params) if leaf is not None)
+        raise ValueError(
+            f"nothing to prune: {name} selects none of the leaves {seen}; "
+            "pass prunable=jp.matching(...) or another predicate that selects a floating leaf"
+        )
+    return selected
+
+
+def check_prunable(path: str, leaf: Any) -> None:
+    """Raise unless ``leaf`` is a non-empty array of real floating numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{path}: selected for pruning, but its type is {dtype or type(leaf).__name__}; "
+            "only real floating arrays can be pruned, so make prunable skip it"
+        )
+    if np.prod(leaf.shape) == 0:
+        raise ValueError(
+            f"{path}: selected for pruning, but it is empty, shape {leaf.shape}; "
+            "make prunable skip it"
+        )
+
+
+def check_like(what: str, tree: PyTree, params: Params, *, shapes: bool = True) -> None:
+    """Raise a ``ValueError`` with a path unless ``tree`` fits ``params`` (``None`` fits anything)."""
+    ours = dict(leaves_with_paths(params))
+    theirs = dict(leaves_with_paths(tree))
+    same = jax.tree.structure(tree, is_leaf=is_none) == jax.tree.structure(params, is_leaf=is_none)
+    if not same:
+        odd = sorted(ours.keys() ^ theirs.keys()) or sorted(ours)
+        raise ValueError(
+            f"{what} and params have different trees, first at {odd[0]}; build {what} from "
+            "these params, with None at the leaves that are not governed"
+        )
+    for path, leaf in theirs.items():
+        if leaf is None or not shapes:
+            continue
+        if ours[path] is None:
+            raise ValueError(f"{path}: {what} has a leaf where params has None; use None there")
+        if jnp.shape(leaf) != jnp.shape(ours[path]):
+            raise ValueError(
+                f"{path}: {what} has shape {jnp.shape(leaf)}, params {jnp.shape(ours[path])}; "
+                f"build {what} from these params"
+            )
+
+
+def _names_embedding(part: str) -> bool:
+    """Whether a path component names an embedding or position ("transpose", "ensemble" do not)."""
+    lower = [word.lower() for word in _WORD.findall(part)]
+    return "embed" in part.lower() or any(
+        word in ("wte", "wpe") or word.startswith("emb") or _POSITION.fullmatch(word)
+        for word in lower
+    )
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(name)]

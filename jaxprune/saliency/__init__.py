@@ -1,0 +1,1 @@
+"""What a weight is worth: one family of criteria per file."""

@@ -1,0 +1,1 @@
+"""Pruning over time: every method is an optax transform."""
