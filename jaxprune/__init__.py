@@ -1,5 +1,67 @@
 """jaxprune: scores to counts to masks to optax transforms to smaller models."""
 
 from jaxprune._tree import kernels, matching, select
+from jaxprune.allocation import (
+    allocate_erk,
+    allocate_global,
+    allocate_lamp,
+    allocate_uniform,
+)
+from jaxprune.masks import (
+    apply_masks,
+    density,
+    mask_threshold,
+    mask_topk,
+    pack_masks,
+    straight_through,
+    unpack_masks,
+)
+from jaxprune.oneshot import prune
+from jaxprune.report import get_masks, summarize
+from jaxprune.saliency.data import fisher, snip
+from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
+from jaxprune.schedules import cubic_sparsity, every
+from jaxprune.structures import mask_blocks, mask_groups, mask_n_m
+from jaxprune.transforms.evolutionary import sparse_evolutionary
+from jaxprune.transforms.gradual import prune_gradually
+from jaxprune.transforms.masked import keep_params_masked
+from jaxprune.transforms.regrow import prune_and_grow
+from jaxprune.transforms.rigl import rigl
+from jaxprune.transforms.threshold import prune_below
 
-__all__ = ["kernels", "matching", "select"]
+__all__ = [
+    "allocate_erk",
+    "allocate_global",
+    "allocate_lamp",
+    "allocate_uniform",
+    "apply_masks",
+    "cubic_sparsity",
+    "density",
+    "every",
+    "fisher",
+    "get_masks",
+    "gradient_magnitude",
+    "keep_params_masked",
+    "kernels",
+    "magnitude",
+    "mask_blocks",
+    "mask_groups",
+    "mask_n_m",
+    "mask_threshold",
+    "mask_topk",
+    "matching",
+    "pack_masks",
+    "prune",
+    "prune_and_grow",
+    "prune_below",
+    "prune_gradually",
+    "random_saliency",
+    "rigl",
+    "select",
+    "snip",
+    "sparse_evolutionary",
+    "straight_through",
+    "summarize",
+    "taylor",
+    "unpack_masks",
+]

@@ -139,18 +139,18 @@ def round_shift(number: Limbs, limbs: int) -> Limbs:
     return add(number, half)[limbs:]
 
 
-def round_product(fraction: Any, n: int) -> Limbs:
+def round_product(fraction: Any, n: int | Limbs) -> Limbs:
     """floor(n * fraction + 1/2) for a float32 fraction in [0, 1] (others are clamped), exactly.
 
     The fraction is first rounded to float32; what follows is integer arithmetic, so the result is
     the same under jit and eager, and the nearest integer to the last unit.
     """
+    if isinstance(n, int):
+        n = constant(n, max(1, math.ceil(n.bit_length() / _BASE_BITS)))
     rest = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
     digits = []
     for _ in range(_FRACTION_LIMBS + 1):
         whole = jnp.floor(rest)
         digits.append(whole.astype(jnp.uint32))
         rest = (rest - whole) * np.float32(2.0**_BASE_BITS)
-    size = max(1, math.ceil(n.bit_length() / _BASE_BITS))
-    product = multiply(constant(n, size), tuple(reversed(digits)))
-    return round_shift(product, _FRACTION_LIMBS)
+    return round_shift(multiply(n, tuple(reversed(digits))), _FRACTION_LIMBS)

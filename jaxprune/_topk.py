@@ -13,6 +13,7 @@ units of most backends flush to zero.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ _GRAIN = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}
 _ROWS = 64  # bytes summed before widening: at most 255, and few enough to divide sharded axes
 
 
+@jax.jit
 def top(leaves: Sequence[jax.Array], keep: Sequence[Any]) -> list[jax.Array]:
     """Masks of the ``keep[i]`` largest scores of each leaf, ties to the lower flat index."""
     if not leaves:
@@ -36,7 +38,8 @@ def top(leaves: Sequence[jax.Array], keep: Sequence[Any]) -> list[jax.Array]:
     return _finish(_search(problem, problem.start(want)))
 
 
-def top_slices(leaf: jax.Array, keep: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+@partial(jax.jit, static_argnames="axes")
+def top_slices(leaf: jax.Array, keep: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     """Mask of the ``keep`` largest scores of every slice along ``axes``.
 
     ``keep`` has the leaf's shape with 1 on ``axes``; ties go to the lower index within the slice,
@@ -46,32 +49,49 @@ def top_slices(leaf: jax.Array, keep: jax.Array, axes: tuple[int, ...]) -> jax.A
     return _finish(_search(problem, problem.start(keep.astype(jnp.uint32))))[0]
 
 
-class Shared(NamedTuple):
-    """One budget for all leaves together.
-
-    ``budget`` is in units of cost, ``costs`` are per weight of each leaf, ``floors`` the number
-    of weights that each leaf keeps whatever the others score.
-    """
-
-    budget: _exact.Limbs
-    costs: tuple[int, ...]
-    floors: tuple[int, ...]
-
-
+@partial(jax.jit, static_argnames=("costs", "floors", "counts_only"))
 def top_shared(
-    leaves: Sequence[jax.Array], shared: Shared
+    leaves: Sequence[jax.Array],
+    budget: _exact.Limbs,
+    *,
+    costs: tuple[int, ...],
+    floors: tuple[int, ...],
+    counts_only: bool = False,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Masks and counts of the best weights of all leaves together; ties to the earlier leaf."""
+    """Masks and counts of the best weights of all leaves together; ties to the earlier leaf.
+
+    Args:
+      leaves: scores.
+      budget: what the kept weights may cost; no less than the floors cost.
+      costs: of one weight of each leaf, below 2^32.
+      floors: the number of weights that each leaf keeps whatever the others score.
+      counts_only: stop when the counts are known; the masks are then unfinished.
+    """
+    if not leaves:
+        return [], []
     problem = _whole_leaves(leaves)
-    state = _search(problem, problem.start(None), shared)
+    shared = _Shared(budget, costs, floors)
+    state = _search(problem, problem.start(None), shared, counts_only=counts_only)
     return _finish(state), list(state.want.astype(jnp.int32))
 
 
-def count_shared(leaves: Sequence[jax.Array], shared: Shared) -> list[jax.Array]:
-    """The counts of ``top_shared`` alone."""
-    problem = _whole_leaves(leaves)
-    state = _search(problem, problem.start(None), shared, counts_only=True)
-    return list(state.want.astype(jnp.int32))
+@jax.jit
+def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
+    """Mask of the longest ranked prefix of units whose sizes, together, do not exceed ``keep``."""
+    sizes = sizes.astype(jnp.uint32)
+
+    def count(views):
+        return jnp.sum(views[0].astype(jnp.uint32) * sizes, dtype=jnp.uint32)
+
+    index = _indices(units.shape, tuple(range(units.ndim)))
+    problem = _problem((units,), [index], jnp.sum(sizes, dtype=jnp.uint32), _alone, count)
+    return _finish(_search(problem, problem.start(keep.astype(jnp.uint32))))[0]
+
+
+class _Shared(NamedTuple):
+    budget: _exact.Limbs
+    costs: tuple[int, ...]
+    floors: tuple[int, ...]
 
 
 class _Problem(NamedTuple):
@@ -82,7 +102,7 @@ class _Problem(NamedTuple):
 
     leaves: tuple[jax.Array, ...]
     indices: tuple[Callable[[jax.Array], jax.Array], ...]
-    sizes: np.ndarray
+    sizes: Any
     end: int
     grain: int
     split: Callable[[jax.Array], list[jax.Array]]
@@ -116,7 +136,7 @@ class _Problem(NamedTuple):
         # leaves, which a loop under shard_map requires of its carry.
         zero = self.count(views)
         low = zero.astype(self.dtype)
-        size = zero + self.sizes.astype(np.uint32)
+        size = zero + jnp.asarray(self.sizes, jnp.uint32)
         return _State(
             low=low,
             high=low + np.asarray(self.end, self.dtype),
@@ -162,7 +182,7 @@ class _State(NamedTuple):
 
 
 def _search(
-    problem: _Problem, state: _State, shared: Shared | None = None, *, counts_only: bool = False
+    problem: _Problem, state: _State, shared: _Shared | None = None, *, counts_only: bool = False
 ) -> _State:
     """Narrow every bracket until its cut keeps exactly what is wanted.
 
@@ -207,10 +227,13 @@ def _advance(problem: _Problem, state: _State, counts: jax.Array) -> _State:
 
 
 def _turn_to_ties(state: _State) -> _State:
-    one = jnp.ones_like(state.low)
-    closed = ~state.done & ~state.tied & (state.high - state.low == one)
-    zero = jnp.zeros_like(state.low)
+    one, zero = jnp.ones_like(state.low), jnp.zeros_like(state.low)
+    closed = ~state.done & (state.high - state.low == one)
+    # Units of several weights may step over what is wanted; the cut below is then the answer.
+    over, closed = closed & state.tied, closed & ~state.tied
     return state._replace(
+        done=state.done | over,
+        at=jnp.where(over, state.low, state.at),
         tied=state.tied | closed,
         tied_key=jnp.where(closed, state.low, state.tied_key),
         low=jnp.where(closed, zero, state.low),
@@ -255,7 +278,7 @@ def _guess(
 
 
 def _advance_shared(
-    problem: _Problem, state: _State, counts: jax.Array, shared: Shared
+    problem: _Problem, state: _State, counts: jax.Array, shared: _Shared
 ) -> tuple[_State, jax.Array]:
     """One key for all leaves; when it is found, each leaf's count is known and its bracket small."""
     floors = jnp.asarray(np.array(shared.floors, np.uint32))
@@ -336,9 +359,11 @@ def _whole_leaves(leaves: Sequence[jax.Array]) -> _Problem:
 def _slices(leaf: jax.Array, axes: tuple[int, ...]) -> _Problem:
     size = math.prod(leaf.shape[axis] for axis in axes)
     index = _indices(leaf.shape, axes)
-    return _problem(
-        (leaf,), [index], np.array(size), lambda s: [s], lambda views: _count(views[0], axes)
-    )
+    return _problem((leaf,), [index], size, _alone, lambda views: _count(views[0], axes))
+
+
+def _alone(state: jax.Array) -> list[jax.Array]:
+    return [state]
 
 
 def _problem(leaves, indices, sizes, split, count) -> _Problem:

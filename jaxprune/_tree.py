@@ -176,26 +176,39 @@ def check_prunable(path: str, leaf: Any) -> None:
         )
 
 
-def check_like(what: str, tree: PyTree, params: Params, *, shapes: bool = True) -> None:
-    """Raise a ``ValueError`` with a path unless ``tree`` fits ``params`` (``None`` fits anything)."""
-    ours = dict(leaves_with_paths(params))
-    theirs = dict(leaves_with_paths(tree))
-    same = jax.tree.structure(tree, is_leaf=is_none) == jax.tree.structure(params, is_leaf=is_none)
-    if not same:
+def check_like(what: str, tree: PyTree, params: Params, *, allow_extra: bool = False) -> None:
+    """Raise a ``ValueError`` with a path unless ``tree`` fits ``params`` (``None`` fits anything).
+
+    ``allow_extra`` lets ``tree`` have leaves where ``params`` has ``None``.
+    """
+    if jax.tree.structure(tree, is_leaf=is_none) != jax.tree.structure(params, is_leaf=is_none):
+        ours, theirs = dict(leaves_with_paths(params)), dict(leaves_with_paths(tree))
         odd = sorted(ours.keys() ^ theirs.keys()) or sorted(ours)
         raise ValueError(
-            f"{what} and params have different trees, first at {odd[0]}; build {what} from "
-            "these params, with None at the leaves that are not governed"
+            f"{what} and params have different trees, first at {odd[0] if odd else 'the root'}; "
+            f"build {what} from these params, with None at the leaves that are not governed"
         )
-    for path, leaf in theirs.items():
-        if leaf is None or not shapes:
+    pairs = zip(leaves_with_paths(params), leaves_with_paths(tree), strict=True)
+    for (path, ours), (_, theirs) in pairs:
+        if theirs is None or (ours is None and allow_extra):
             continue
-        if ours[path] is None:
+        if ours is None:
             raise ValueError(f"{path}: {what} has a leaf where params has None; use None there")
-        if jnp.shape(leaf) != jnp.shape(ours[path]):
+        if jnp.shape(theirs) != jnp.shape(ours):
             raise ValueError(
-                f"{path}: {what} has shape {jnp.shape(leaf)}, params {jnp.shape(ours[path])}; "
+                f"{path}: {what} has shape {jnp.shape(theirs)}, params {jnp.shape(ours)}; "
                 f"build {what} from these params"
+            )
+
+
+def check_masks(masks: PyTree, params: Params) -> None:
+    """Raise unless ``masks`` fits ``params`` and holds bools."""
+    check_like("masks", masks, params)
+    for path, mask in leaves_with_paths(masks):
+        if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
+            raise TypeError(
+                f"{path}: the mask has type {jnp.asarray(mask).dtype}; masks are bool, True where "
+                "kept, so compare (mask != 0) first"
             )
 
 

@@ -1,0 +1,35 @@
+"""Checks of numbers that a user gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether ``value`` can be looked at now."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_sparsity(value: Any, name: str = "sparsity") -> None:
+    """Raise a ``ValueError`` for a concrete value that is no fraction; traced ones are clamped."""
+    if is_concrete(value) and not (np.ndim(value) == 0 and 0.0 <= float(value) <= 1.0):
+        raise ValueError(
+            f"{name} is {value}; it is the fraction of weights removed, a number in [0, 1]"
+        )
+
+
+def check_min_keep(min_keep: int) -> None:
+    """Raise a ``ValueError`` for a negative floor."""
+    if min_keep < 0:
+        raise ValueError(f"min_keep is {min_keep}; it counts weights, 0 or more")
+
+
+def as_schedule(value: Any, name: str, check: Callable[[Any, str], None]) -> Callable[[Any], Any]:
+    """A number or schedule as a schedule; a number is checked now."""
+    if callable(value):
+        return value
+    check(value, name)
+    return lambda step: jnp.asarray(value, jnp.float32)

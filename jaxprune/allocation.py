@@ -1,0 +1,308 @@
+"""Scores and a sparsity become counts: how many weights each leaf keeps.
+
+All totals are exact. The sparsity is rounded to float32; ``floor(n * sparsity + 1/2)`` of all
+``n`` governed weights go, in integer arithmetic. Totals are split over leaves by Webster's divisor
+method, which is house monotone: a leaf never keeps more weights at a higher sparsity.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune import _checks, _exact, _topk, _tree
+from jaxprune._typing import Counts, PyTree, Scores
+
+_FRACTION_LIMBS = 2  # Webster's multiplier has 32 fractional bits, so weights stay below 2^32
+_MULTIPLIER_LIMBS = 4
+
+
+def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
+    r"""The same sparsity in every leaf, to within the rounding that makes the total exact.
+
+    .. math:: k_i = \operatorname{round}(\lambda n_i), \quad \textstyle\sum_i k_i = (1 - s) n
+
+    Args:
+      scores: a tree of arrays, ``None`` where not governed; only shapes matter.
+      sparsity: fraction of all governed weights to remove, a number or a traced scalar.
+      min_keep: weights that each leaf keeps at least; where floors bind, the total is missed.
+
+    Returns:
+      int32 scalars like ``scores``.
+
+    Raises:
+      ValueError: for a concrete sparsity outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> int(jp.allocate_uniform({"w": jnp.ones(10)}, 0.9)["w"])
+      1
+
+    Reference:
+      Balinski, Young. Fair Representation: Meeting the Ideal of One Man, One Vote, 1982 (Webster's
+      method).
+    """
+    leaves = _governed(scores, sparsity, min_keep)
+    return _split(scores, leaves, sparsity, [leaf.size for leaf in leaves], min_keep)
+
+
+def allocate_erk(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
+    r"""Erdős-Rényi-kernel: the density of a leaf is proportional to the sum over product of its axes.
+
+    .. math:: k_i = \min\left(n_i, \operatorname{round}(\varepsilon \textstyle\sum_a d_{ia})\right)
+
+    where :math:`d_{ia}` are the sizes of all axes of leaf i and :math:`\varepsilon` makes the total
+    exact; leaves that would pass density 1 are dense, and the rest is solved without them.
+
+    Args:
+      scores: a tree of arrays, ``None`` where not governed; only shapes matter.
+      sparsity: fraction of all governed weights to remove, a number or a traced scalar.
+      min_keep: weights that each leaf keeps at least.
+
+    Returns:
+      int32 scalars like ``scores``.
+
+    Raises:
+      ValueError: for a concrete sparsity outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> keep = jp.allocate_erk({"a": jnp.ones((90, 90)), "b": jnp.ones((10, 10))}, 0.9)
+      >>> int(keep["a"]), int(keep["b"])
+      (738, 82)
+
+    Reference:
+      Evci, Gale, Menick, Castro, Elsen. Rigging the Lottery: Making All Tickets Winners, 2020.
+    """
+    leaves = _governed(scores, sparsity, min_keep)
+    return _split(scores, leaves, sparsity, [sum(leaf.shape) or 1 for leaf in leaves], min_keep)
+
+
+def allocate_global(
+    scores: Scores, sparsity: Any, *, min_keep: int = 1, costs: PyTree | None = None
+) -> Counts:
+    r"""The best weights of all leaves together, exactly: one threshold for the whole tree.
+
+    .. math:: k_i = \#\{\, j : s_{ij} > \tau \,\}, \quad \textstyle\sum_i k_i = (1 - s) n
+
+    Each leaf's best ``min_keep`` come first; the rest goes by (score, leaf, flat index).
+
+    Args:
+      scores: a tree of floating arrays, ``None`` where not governed.
+      sparsity: fraction of all governed weights to remove, a number or a traced scalar.
+      min_keep: weights that each leaf keeps at least.
+      costs: a tree of positive numbers like ``scores``, the cost of one weight of each leaf (FLOPs,
+        bytes). Then weights rank by score per cost, sparsity is the fraction of the total cost
+        removed, and the longest ranked prefix that the budget pays for is kept.
+
+    Returns:
+      int32 scalars like ``scores``.
+
+    Raises:
+      ValueError: for a concrete sparsity outside [0, 1], or a cost that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> keep = jp.allocate_global({"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}, 0.25)
+      >>> int(keep["a"]), int(keep["b"])
+      (1, 2)
+
+    Reference:
+      Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks,
+      2015; Frankle, Carbin. The Lottery Ticket Hypothesis, 2019 (global pruning).
+    """
+    _, keep = shared_selection(scores, sparsity, min_keep=min_keep, costs=costs, counts_only=True)
+    return keep
+
+
+def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
+    r"""Layer-adaptive: one threshold on the score's share of the energy that it would leave.
+
+    .. math:: \operatorname{lamp}(u) = s_u^2 \,/ \sum_{v:\, s_v \ge s_u} s_v^2
+
+    with the sum over the leaf of u; equal scores are ranked by index, the earlier as the larger.
+
+    Args:
+      scores: a tree of floating arrays, ``None`` where not governed; below zero counts as zero.
+      sparsity: fraction of all governed weights to remove, a number or a traced scalar.
+      min_keep: weights that each leaf keeps at least.
+
+    Returns:
+      int32 scalars like ``scores``.
+
+    Raises:
+      ValueError: for a concrete sparsity outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> keep = jp.allocate_lamp({"a": jnp.array([1.0, 1.0]), "b": jnp.array([9.0, 1.0])}, 0.25)
+      >>> int(keep["a"]), int(keep["b"])
+      (2, 1)
+
+    Reference:
+      Lee, Park, Mo, Ahn, Shin. Layer-adaptive sparsity for the Magnitude-based Pruning, 2021.
+    """
+    return allocate_global(_tree.map_governed(_lamp, scores), sparsity, min_keep=min_keep)
+
+
+def shared_selection(
+    scores: Scores,
+    sparsity: Any,
+    *,
+    min_keep: int = 1,
+    costs: PyTree | None = None,
+    counts_only: bool = False,
+) -> tuple[list[jax.Array], Counts]:
+    """The masks of ``allocate_global`` followed by ``mask_topk``, and its counts, in one search.
+
+    The masks come as a list, one for each governed leaf.
+    """
+    leaves = _governed(scores, sparsity, min_keep)
+    prices = [1] * len(leaves)
+    if costs is not None:
+        prices, leaves = (
+            _prices(scores, costs),
+            list(map(_per_cost, leaves, _numbers(scores, costs))),
+        )
+    floors = tuple(min(min_keep, leaf.size) for leaf in leaves)
+    everything = sum(price * leaf.size for price, leaf in zip(prices, leaves, strict=True))
+    least = sum(price * floor for price, floor in zip(prices, floors, strict=True))
+    budget = _budget(sparsity, everything, least)
+    masks, keep = _topk.top_shared(
+        leaves, budget, costs=tuple(prices), floors=floors, counts_only=counts_only
+    )
+    return masks, _unflatten(scores, keep)
+
+
+def _governed(scores: Scores, sparsity: Any, min_keep: int) -> list[jax.Array]:
+    """The governed leaves, after the checks that all allocations share."""
+    _checks.check_sparsity(sparsity)
+    _checks.check_min_keep(min_keep)
+    for path, leaf in _tree.leaves_with_paths(scores):
+        if leaf is not None:
+            _tree.check_prunable(path, leaf)
+    return jax.tree.leaves(scores)
+
+
+def _unflatten(scores: Scores, values: Sequence[Any]) -> PyTree:
+    """One value for each governed leaf, in a tree like ``scores``."""
+    return jax.tree.unflatten(jax.tree.structure(scores), values)
+
+
+@partial(jax.jit, static_argnames=("everything", "least"))
+def _budget(sparsity: Any, everything: int, least: int) -> _exact.Limbs:
+    size = max(1, -(-everything.bit_length() // 16))
+    removed = _exact.round_product(sparsity, everything)
+    kept = _exact.subtract(_exact.constant(everything, size), removed)
+    return _exact.maximum(kept, _exact.constant(least, size))
+
+
+def _split(scores, leaves, sparsity, weights, min_keep) -> Counts:
+    if not leaves:
+        return scores
+    caps = tuple(leaf.size for leaf in leaves)
+    floors = tuple(min(min_keep, cap) for cap in caps)
+    budget = _budget(sparsity, sum(caps), sum(floors))
+    keep = _webster(budget, weights=tuple(weights), caps=caps, floors=floors)
+    return _unflatten(scores, list(keep))
+
+
+@partial(jax.jit, static_argnames=("weights", "caps", "floors"))
+def _webster(
+    budget: _exact.Limbs,
+    *,
+    weights: tuple[int, ...],
+    caps: tuple[int, ...],
+    floors: tuple[int, ...],
+) -> jax.Array:
+    """Seats by weight: clip(round(multiplier * weight), floor, cap), with the budget as their sum.
+
+    The multiplier is found bit by bit in fixed point, as the largest that does not overspend. One
+    step further each leaf gains at most one seat, so the seats left over go to the leaves whose
+    next seat is cheapest, (2k + 1) / (2 weight), the earlier first.
+    """
+    width = np.array(weights, dtype=object)
+    price = _exact.constant(width, 2)
+    cap, floor = (
+        _exact.constant(np.array(caps, object), 2),
+        jnp.asarray(np.array(floors, np.uint32)),
+    )
+
+    def seats(multiplier):
+        wide = _exact.round_shift(_exact.multiply(price, multiplier), _FRACTION_LIMBS)
+        return jnp.maximum(_exact.to_uint32(_exact.minimum(wide, cap)), floor)
+
+    def spent(kept):
+        return _exact.total(_exact.from_uint32(kept))
+
+    def try_bit(i, multiplier):
+        bit = 16 * _MULTIPLIER_LIMBS - 1 - i
+        trial = tuple(
+            limb | jnp.where(bit // 16 == place, jnp.uint32(1) << (bit % 16).astype(jnp.uint32), 0)
+            for place, limb in enumerate(multiplier)
+        )
+        return _exact.where(_exact.less(budget, spent(seats(trial))), multiplier, trial)
+
+    none = jnp.sum(jnp.stack(budget)) * 0  # carries the varying axes of the budget under shard_map
+    multiplier = lax.fori_loop(0, 16 * _MULTIPLIER_LIMBS, try_bit, (none,) * _MULTIPLIER_LIMBS)
+    kept = seats(multiplier)
+    more = seats(_exact.add(multiplier, _exact.constant(1, 1))) > kept
+    left = _exact.to_uint32(_exact.subtract(budget, spent(kept)))
+
+    next_seat = _exact.from_uint32(2 * kept + 1)  # below 2^32: kept is below 2^31
+    mine = _exact.multiply(_column(next_seat), _row(price))
+    theirs = _exact.multiply(_column(price), _row(next_seat))
+    index = jnp.arange(len(weights))
+    earlier = index[None, :] < index[:, None]
+    before = _exact.less(theirs, mine) | (_exact.equal(theirs, mine) & earlier)
+    rank = jnp.sum(before & more[None, :], 1, dtype=jnp.uint32)
+    return (kept + (more & (rank < left)).astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _column(number: _exact.Limbs) -> _exact.Limbs:
+    return tuple(limb[:, None] for limb in number)
+
+
+def _row(number: _exact.Limbs) -> _exact.Limbs:
+    return tuple(limb[None, :] for limb in number)
+
+
+def _numbers(scores: Scores, costs: PyTree) -> list[float]:
+    """The cost of each governed leaf as a Python number."""
+
+    def check(path, leaf, cost):
+        del leaf
+        if not (np.ndim(cost) == 0 and float(cost) > 0 and np.isfinite(float(cost))):
+            raise ValueError(f"{path}: the cost of a weight is {cost}; give a positive number")
+        return float(cost)
+
+    return jax.tree.leaves(_tree.map_governed_with_path(check, scores, costs))
+
+
+def _prices(scores: Scores, costs: PyTree) -> list[int]:
+    """Costs as integers below 2^32: exact where their ratios allow it, else to 32 bits."""
+    exact = [Fraction(cost) for cost in _numbers(scores, costs)]
+    unit = Fraction(1, np.lcm.reduce([cost.denominator for cost in exact], dtype=object))
+    whole = [int(cost / unit) for cost in exact]
+    common = np.gcd.reduce(whole, dtype=object)
+    whole = [cost // common for cost in whole]
+    excess = max(0, max(whole).bit_length() - 32)
+    return [max(1, cost >> excess) for cost in whole]
+
+
+def _per_cost(leaf: jax.Array, cost: float) -> jax.Array:
+    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return wide / np.asarray(cost, wide.dtype)
+
+
+@jax.jit
+def _lamp(leaf: jax.Array) -> jax.Array:
+    """The LAMP score of every weight, in descending order, which is all that counts need."""
+    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    energy = jnp.square(jnp.sort(jnp.maximum(wide, 0), axis=None, descending=True))
+    return jnp.where(energy > 0, energy / jnp.cumsum(energy), energy)

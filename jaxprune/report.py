@@ -1,0 +1,234 @@
+"""What was asked for and what was reached."""
+
+import html
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import _tree
+from jaxprune._typing import Masks, Params, PyTree
+from jaxprune.masks import unpack_masks
+from jaxprune.transforms._driver import PruningState
+from jaxprune.transforms.masked import MaskedParamsState
+
+_STATES = (PruningState, MaskedParamsState)
+
+
+def get_masks(state: PyTree, params: Params) -> Masks:
+    """The masks inside any optimizer state that holds ours.
+
+    Where several transforms hold masks, they are merged: a partition's each serve their leaves, and
+    a leaf with two masks keeps what both keep.
+
+    Args:
+      state: an optax state of any nesting, or an NNX optimizer's ``opt_state``.
+      params: the parameters that the state belongs to.
+
+    Returns:
+      Bool masks with the structure of ``params``, ``None`` where not governed.
+
+    Raises:
+      ValueError: if there is no pruning state, or it belongs to other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxprune as jp
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> tx = jp.prune_gradually(optax.sgd(0.1), 0.5, when=jp.every(10))
+      >>> jp.get_masks(tx.init(params), params)["kernel"].shape
+      (2, 2)
+    """
+    found = list(_pruning_states(state))
+    if not found:
+        raise ValueError(
+            "no pruning state here: pass the state of an optimizer that a jaxprune transform wraps"
+        )
+    paths, structure = _tree.leaves_with_paths(params), _structure(params)
+    merged: list[jax.Array | None] = [None] * len(paths)
+    for part in found:
+        leaves = [_value(leaf) for leaf in jax.tree.leaves(part.masks, is_leaf=_no_mask)]
+        if len(leaves) != len(paths):
+            raise ValueError(
+                f"the state masks {len(leaves)} leaves, params has {len(paths)}; pass the "
+                "parameters that the optimizer was initialized with"
+            )
+        for i, leaf in enumerate(leaves):
+            if leaf is None:
+                continue
+            mask = leaf
+            if leaf.dtype != jnp.bool_:
+                mask = unpack_masks({paths[i][0]: leaf}, {paths[i][0]: paths[i][1]})[paths[i][0]]
+            merged[i] = mask if merged[i] is None else merged[i] & mask
+    masks = jax.tree.unflatten(structure, merged)
+    _tree.check_masks(masks, params)
+    return masks
+
+
+class LeafSummary(NamedTuple):
+    """One governed leaf: how many of its ``size`` weights are ``kept``, and what is odd about it."""
+
+    path: str
+    shape: tuple[int, ...]
+    kept: int
+    size: int
+    note: str
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return 1.0 - self.kept / self.size
+
+
+class Summary(NamedTuple):
+    """What ``summarize`` found; prints as a table, shows as one in a notebook.
+
+    Attributes:
+      leaves: one row for each governed leaf.
+      requested: the sparsity last asked for, where the optimizer state knows it.
+      others: weights of the model that are not governed.
+    """
+
+    leaves: tuple[LeafSummary, ...]
+    requested: float | None
+    others: int
+
+    @property
+    def kept(self) -> int:
+        """Governed weights that are kept."""
+        return sum(row.kept for row in self.leaves)
+
+    @property
+    def size(self) -> int:
+        """Governed weights."""
+        return sum(row.size for row in self.leaves)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the governed weights that is removed."""
+        return 1.0 - self.kept / self.size
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat numbers for a logger: sparsity per path and in total, counts, what was asked for."""
+        numbers: dict[str, float] = {f"sparsity/{row.path}": row.sparsity for row in self.leaves}
+        numbers |= {"sparsity": self.sparsity, "kept": self.kept, "size": self.size}
+        return numbers if self.requested is None else numbers | {"requested": self.requested}
+
+    def __str__(self) -> str:
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        left = (0, 1, len(widths) - 1)
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i in left else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *body = self._table()
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in body
+        )
+        return f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _table(self) -> list[tuple[str, ...]]:
+        wanted = "" if self.requested is None else f"asked for {self.requested:.4%}"
+        others = f"{self.others:,} weights not governed" if self.others else ""
+        note = "; ".join(part for part in (wanted, others) if part)
+        rows = [
+            (
+                row.path,
+                str(row.shape),
+                f"{row.kept:,}",
+                f"{row.size:,}",
+                f"{row.sparsity:.4%}",
+                row.note,
+            )
+            for row in self.leaves
+        ]
+        total = ("total", "", f"{self.kept:,}", f"{self.size:,}", f"{self.sparsity:.4%}", note)
+        return [("leaf", "shape", "kept", "size", "sparsity", ""), *rows, total]
+
+
+def summarize(params: Params, masks: Any = None) -> Summary:
+    """Per governed leaf and in total: shape, weights kept, size, sparsity asked for and reached.
+
+    Args:
+      params: any tree of arrays.
+      masks: bool masks like ``params``, or an optimizer state that holds them; by default the
+        nonzero weights of the leaves that ``jp.kernels`` selects.
+
+    Returns:
+      A ``Summary``: print it, show it in a notebook, or log its ``as_dict()``.
+
+    Raises:
+      ValueError: if masks or state do not fit the parameters, or nothing is governed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> print(jp.summarize({"kernel": jnp.eye(2)}))
+      leaf    shape   kept  size  sparsity
+      ------------------------------------
+      kernel  (2, 2)     2     4  50.0000%
+      ------------------------------------
+      total              2     4  50.0000%
+    """
+    requested = None
+    if masks is None:
+        masks = jax.tree.map(lambda p: p != 0, _tree.select(params))
+    else:
+        states = list(_pruning_states(masks))
+        if states:
+            known = [float(_value(s.sparsity)) for s in states if isinstance(s, PruningState)]
+            requested = known[0] if len(known) == 1 else None
+            masks = get_masks(masks, params)
+    _tree.check_masks(masks, params)
+    rows, others, seen = [], 0, {}
+    pairs = zip(_tree.leaves_with_paths(params), _tree.leaves_with_paths(masks), strict=True)
+    for (path, leaf), (_, mask) in pairs:
+        if mask is None:
+            others += math.prod(np.shape(leaf)) if leaf is not None else 0
+            continue
+        kept = int(np.count_nonzero(mask))
+        note = "at its floor" if kept <= 1 < mask.size else ""
+        if id(leaf) in seen:
+            note = f"same array as {seen[id(leaf)]}; share one leaf, or its masks may differ"
+        seen[id(leaf)] = path
+        rows.append(LeafSummary(path, tuple(leaf.shape), kept, mask.size, note))
+    if not rows:
+        raise ValueError("nothing to summarize: no leaf is governed")
+    return Summary(tuple(rows), requested, others)
+
+
+def _pruning_states(tree: PyTree) -> Iterator[PruningState | MaskedParamsState]:
+    for node in jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, _STATES)):
+        if isinstance(node, _STATES):
+            yield node
+            if isinstance(node, PruningState):
+                yield from _pruning_states(node.inner_state)
+
+
+def _no_mask(value: Any) -> bool:
+    return value is None or isinstance(value, optax.MaskedNode)
+
+
+def _value(leaf: Any) -> Any:
+    """The array of a leaf, which NNX wraps in a variable."""
+    if _no_mask(leaf):
+        return None
+    return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else leaf[...]
+
+
+def _structure(params: Params) -> Any:
+    return jax.tree.structure(params, is_leaf=_tree.is_none)

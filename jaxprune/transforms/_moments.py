@@ -1,0 +1,81 @@
+"""Optimizer state of regrown weights: what ``inner.init`` gives, whatever the optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import _tree
+from jaxprune._typing import Masks, Params, PyTree
+
+
+class _Pair:
+    """Two arrays as one leaf: a tuple would be a subtree."""
+
+    def __init__(self, now: Any, fresh: Any):
+        self.now, self.fresh = now, fresh
+
+
+def restart(
+    inner: optax.GradientTransformation, state: optax.OptState, params: Params, grown: Masks
+) -> optax.OptState:
+    """Give grown weights the state that ``inner.init(params)`` gives them.
+
+    Zeros would be wrong: Rprop never moves from a step size of 0, Adagrad overshoots. State that a
+    weight shares with others (Adafactor's rows and columns) stays.
+    """
+    fresh = inner.init(params)
+    everywhere = jax.tree.map(
+        lambda p, g: p if p is None else jnp.zeros((), bool) if g is None else g,
+        params,
+        grown,
+        is_leaf=_tree.is_none,
+    )
+
+    def choose(pair, g):
+        if _is_masked(pair) or pair.now.shape != g.shape:
+            return pair if _is_masked(pair) else pair.now
+        return jnp.where(g, pair.fresh, pair.now)
+
+    pairs = jax.tree.map(_Pair, state, fresh)
+    return optax.tree.map_params(
+        inner,
+        choose,
+        pairs,
+        everywhere,
+        transform_non_params=lambda pair: pair.now,
+        is_leaf=_is_masked,
+    )
+
+
+def check_restartable(inner: optax.GradientTransformation, params: Params) -> None:
+    """Raise a ``ValueError`` if a weight's state cannot be told from that of others."""
+    shapes = jax.eval_shape(inner.init, params)
+    paths = _tree.map_governed_with_path(lambda path, p: _Named(path, jnp.shape(p)), params)
+
+    def check(leaf, named):
+        if not _is_masked(leaf) and np.prod(leaf.shape) > max(1, np.prod(named.shape)):
+            raise ValueError(
+                f"{named.path}: the optimizer keeps a state of shape {leaf.shape} for a weight of "
+                f"shape {named.shape}"
+            )
+
+    try:
+        optax.tree.map_params(inner, check, shapes, paths, is_leaf=_is_masked)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "regrown weights need fresh optimizer state, but this optimizer's state cannot be "
+            f"matched to single weights ({error}); use another inner optimizer, or a method that "
+            "does not regrow"
+        ) from error
+
+
+class _Named:
+    def __init__(self, path: str, shape: tuple[int, ...]):
+        self.path, self.shape = path, shape
+
+
+def _is_masked(value: PyTree) -> bool:
+    return isinstance(value, optax.MaskedNode)
