@@ -20,7 +20,7 @@ _LOW = np.uint32(0xFFFF)
 _FRACTION_LIMBS = 5  # a float32 below 2^-49 rounds to no weight at all; 80 bits hold the others
 
 
-def constant(value: int | Sequence[int], size: int) -> Limbs:
+def constant(value: int | Sequence[int] | np.ndarray, size: int) -> Limbs:
     """A Python integer, or a vector of them, as ``size`` limbs."""
     values = np.array(value, dtype=object)
     return tuple(
@@ -49,7 +49,7 @@ def to_float(number: Limbs) -> jax.Array:
 
 def carry(columns: Sequence[jax.Array]) -> Limbs:
     """Turn columns, each below 2^32 minus its carry, into limbs of as many places."""
-    limbs, over = [], np.uint32(0)
+    limbs, over = list[jax.Array](), jnp.zeros((), jnp.uint32)
     for column in columns:
         column = column + over
         limbs.append(column & _LOW)
@@ -114,7 +114,9 @@ def where(condition: jax.Array, a: Limbs, b: Limbs) -> Limbs:
 
 def total(number: Limbs) -> Limbs:
     """The sum over the last axis (up to 65,536 entries), in one limb more."""
-    return carry([*(jnp.sum(limb, -1, dtype=jnp.uint32) for limb in number), np.uint32(0)])
+    return carry(
+        [*(jnp.sum(limb, -1, dtype=jnp.uint32) for limb in number), jnp.zeros((), jnp.uint32)]
+    )
 
 
 def cumulative(number: Limbs) -> Limbs:

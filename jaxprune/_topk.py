@@ -97,7 +97,7 @@ class _Shared(NamedTuple):
 class _Problem(NamedTuple):
     """What is searched: the leaves, and how cuts and counts belong to them.
 
-    ``split`` gives each leaf its part of a state array, ``count`` sums views into one.
+    ``split`` gives each leaf its part of a state array, ``tally`` sums views into one.
     """
 
     leaves: tuple[jax.Array, ...]
@@ -106,7 +106,7 @@ class _Problem(NamedTuple):
     end: int
     grain: int
     split: Callable[[jax.Array], list[jax.Array]]
-    count: Callable[[Sequence[jax.Array]], jax.Array]
+    tally: Callable[[Sequence[jax.Array]], jax.Array]
 
     @property
     def dtype(self):
@@ -134,7 +134,7 @@ class _Problem(NamedTuple):
         views = self.views(key, key, jnp.int32(0))
         # Adding the counts of the empty cut (all zero) gives the state the varying axes of the
         # leaves, which a loop under shard_map requires of its carry.
-        zero = self.count(views)
+        zero = self.tally(views)
         low = zero.astype(self.dtype)
         size = zero + jnp.asarray(self.sizes, jnp.uint32)
         return _State(
@@ -197,7 +197,7 @@ def _search(
 
     def body(carry):
         state, looking = carry
-        counts = problem.count(state.views)
+        counts = problem.tally(state.views)
         moved = _advance(problem, state, counts)
         if shared is not None:
             found, still = _advance_shared(problem, state, counts, shared)
@@ -280,7 +280,7 @@ def _guess(
 def _advance_shared(
     problem: _Problem, state: _State, counts: jax.Array, shared: _Shared
 ) -> tuple[_State, jax.Array]:
-    """One key for all leaves; when it is found, each leaf's count is known and its bracket small."""
+    """One key for all leaves; once found, each leaf's count is known and its bracket small."""
     floors = jnp.asarray(np.array(shared.floors, np.uint32))
     costs = _exact.constant(shared.costs, 2)
     prices = None if all(cost == 1 for cost in shared.costs) else costs
@@ -428,7 +428,8 @@ def _count_bytes(view: jax.Array, axes: tuple[int, ...], plan: tuple[int, int, i
     shape = view.shape
     split = (*shape[:axis], shape[axis] // (rows * minor), rows, minor, *shape[axis + 1 :])
     partial = lax.reduce(view.reshape(split), np.uint8(0), lax.add, (axis + 1,))
-    over = tuple(a if a < axis else a + 1 for a in axes if a != axis) + (axis, axis + 1)
+    others = (a if a < axis else a + 1 for a in axes if a != axis)
+    over = (*others, axis, axis + 1)
     sums = jnp.sum(partial, over, dtype=jnp.uint32)
     return sums.reshape([1 if a in axes else n for a, n in enumerate(shape)])
 

@@ -34,6 +34,11 @@ def path_str(path: Any) -> str:
     return "/".join(name.strip(".") for name in names)
 
 
+def structure(tree: PyTree) -> Any:
+    """The structure of ``tree`` with ``None`` as a leaf."""
+    return jax.tree.structure(tree, is_leaf=is_none)
+
+
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves of ``tree``, ``None`` among them, each with its path."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
@@ -56,15 +61,6 @@ def map_governed_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -
         return None if any(leaf is None for leaf in leaves) else f(path_str(path), *leaves)
 
     return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_none)
-
-
-def unzip(outer: PyTree, tree: PyTree, n: int) -> tuple[PyTree, ...]:
-    """Turn a tree of ``n``-tuples (``None`` where ``outer`` is) into ``n`` trees."""
-
-    def pick(i):
-        return map_governed(lambda _, pair: pair[i], outer, tree)
-
-    return tuple(pick(i) for i in range(n))
 
 
 def kernels(path: Any, leaf: Any) -> bool:
@@ -181,7 +177,7 @@ def check_like(what: str, tree: PyTree, params: Params, *, allow_extra: bool = F
 
     ``allow_extra`` lets ``tree`` have leaves where ``params`` has ``None``.
     """
-    if jax.tree.structure(tree, is_leaf=is_none) != jax.tree.structure(params, is_leaf=is_none):
+    if structure(tree) != structure(params):
         ours, theirs = dict(leaves_with_paths(params)), dict(leaves_with_paths(tree))
         odd = sorted(ours.keys() ^ theirs.keys()) or sorted(ours)
         raise ValueError(

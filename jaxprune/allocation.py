@@ -52,7 +52,7 @@ def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Cou
 
 
 def allocate_erk(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
-    r"""Erdős-Rényi-kernel: the density of a leaf is proportional to the sum over product of its axes.
+    r"""Erdős-Rényi-kernel: a leaf's density is proportional to the sum over product of its axes.
 
     .. math:: k_i = \min\left(n_i, \operatorname{round}(\varepsilon \textstyle\sum_a d_{ia})\right)
 

@@ -50,7 +50,7 @@ def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks
     Args:
       scores: a tree of floating arrays, ``None`` where not governed.
       threshold: a number or scalar, compared in float32 or wider.
-      axes: remove whole slices: the scores are summed over these axes (an int or tuple, or a tree of
+      axes: remove whole slices: scores are summed over these axes (an int or tuple, or a tree of
         these) and every entry of a slice shares the verdict on its sum.
 
     Returns:
@@ -63,8 +63,8 @@ def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> w = jnp.array([[0.1, 0.5, 0.2], [0.3, 0.4, 0.0], [0.0, 0.6, 0.1]])
-      >>> (w * jp.mask_threshold({"w": w}, 0.3)["w"]).round(1).tolist()
-      [[0.0, 0.5, 0.0], [0.0, 0.4, 0.0], [0.0, 0.6, 0.0]]
+      >>> jp.mask_threshold({"w": w}, 0.3)["w"].astype(int).tolist()
+      [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
 
     Reference:
       Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks,
@@ -212,7 +212,7 @@ def unpack_masks(packed: PyTree, params: Params) -> Masks:
         shape = jnp.shape(leaf) or (1,)
         if bits.dtype != jnp.uint8 or bits.shape != (*shape[:-1], -(-shape[-1] // 8)):
             raise ValueError(
-                f"{path}: packed masks of type {bits.dtype} and shape {bits.shape} do not belong to "
+                f"{path}: packed masks of type {bits.dtype} and shape {bits.shape} do not fit "
                 f"a leaf of shape {jnp.shape(leaf)}; pack the masks of these params"
             )
         return jnp.unpackbits(bits, -1, count=shape[-1]).astype(bool).reshape(jnp.shape(leaf))
@@ -271,7 +271,7 @@ def _check_scores(scores: Scores, keep: Counts | None = None) -> None:
 
 def _fitting(what: str, scores: Scores, tree: PyTree) -> PyTree:
     """``tree``, which must have a value wherever ``scores`` has."""
-    ours, theirs = (jax.tree.structure(t, is_leaf=_tree.is_none) for t in (scores, tree))
+    ours, theirs = _tree.structure(scores), _tree.structure(tree)
     missing = [
         path
         for (path, leaf), value in zip(
@@ -283,7 +283,7 @@ def _fitting(what: str, scores: Scores, tree: PyTree) -> PyTree:
     ]
     if ours != theirs or missing:
         raise ValueError(
-            f"{what} and scores have different trees{', first at ' + missing[0] if missing else ''}; "
+            f"{what} and scores have different trees, first at {[*missing, 'the root'][0]}; "
             f"{what} needs one entry for every governed leaf"
         )
     return tree

@@ -47,7 +47,7 @@ def get_masks(state: PyTree, params: Params) -> Masks:
         raise ValueError(
             "no pruning state here: pass the state of an optimizer that a jaxprune transform wraps"
         )
-    paths, structure = _tree.leaves_with_paths(params), _structure(params)
+    paths, structure = _tree.leaves_with_paths(params), _tree.structure(params)
     merged: list[jax.Array | None] = [None] * len(paths)
     for part in found:
         leaves = [_value(leaf) for leaf in jax.tree.leaves(part.masks, is_leaf=_no_mask)]
@@ -69,7 +69,7 @@ def get_masks(state: PyTree, params: Params) -> Masks:
 
 
 class LeafSummary(NamedTuple):
-    """One governed leaf: how many of its ``size`` weights are ``kept``, and what is odd about it."""
+    """One governed leaf: how many of its ``size`` weights are ``kept``, and what is odd there."""
 
     path: str
     shape: tuple[int, ...]
@@ -131,7 +131,8 @@ class Summary(NamedTuple):
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         head, *body = self._table()
@@ -194,7 +195,8 @@ def summarize(params: Params, masks: Any = None) -> Summary:
             requested = known[0] if len(known) == 1 else None
             masks = get_masks(masks, params)
     _tree.check_masks(masks, params)
-    rows, others, seen = [], 0, {}
+    rows: list[LeafSummary] = []
+    others, seen = 0, dict[int, str]()
     pairs = zip(_tree.leaves_with_paths(params), _tree.leaves_with_paths(masks), strict=True)
     for (path, leaf), (_, mask) in pairs:
         if mask is None:
@@ -228,7 +230,3 @@ def _value(leaf: Any) -> Any:
     if _no_mask(leaf):
         return None
     return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else leaf[...]
-
-
-def _structure(params: Params) -> Any:
-    return jax.tree.structure(params, is_leaf=_tree.is_none)

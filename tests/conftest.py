@@ -1,4 +1,15 @@
+import hypothesis
 import jax
+import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("ours")
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request):
+    """Implicit dtype promotion raises, but in modules that run optimizers which rely on it."""
+    with jax.numpy_dtype_promotion(getattr(request.module, "DTYPE_PROMOTION", "strict")):
+        yield

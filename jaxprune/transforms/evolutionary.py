@@ -50,8 +50,8 @@ def sparse_evolutionary(
       ...                                        when=jp.every(100), key=jax.random.key(0))
 
     Reference:
-      Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta. Scalable training of artificial neural networks
-      with adaptive sparse connectivity inspired by network science, 2018.
+      Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta. Scalable training of artificial neural
+      networks with adaptive sparse connectivity inspired by network science, 2018.
     """
     return prune_and_grow(
         inner,

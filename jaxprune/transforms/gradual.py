@@ -1,6 +1,5 @@
 """Gradual pruning, and one-shot pruning in the middle of training."""
 
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,7 +64,8 @@ def prune_gradually(
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxprune as jp
-      >>> tx = jp.prune_gradually(optax.sgd(0.1), jp.cubic_sparsity(0.5, 4), when=jp.every(2, end=4))
+      >>> sparsity = jp.cubic_sparsity(0.5, 4)
+      >>> tx = jp.prune_gradually(optax.sgd(0.1), sparsity, when=jp.every(2, end=4))
 
     Reference:
       Zhu, Gupta. To prune, or not to prune: exploring the efficacy of pruning for model

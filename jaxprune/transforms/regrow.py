@@ -1,6 +1,5 @@
 """Drop and grow: the number of weights stays, their places move."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,146 @@
+"""The tables that every law sweeps: a new method or optimizer inherits all tests with one row."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxprune as jp
+
+KEY = jax.random.key(7)
+
+OPTIMIZERS = {
+    "momentum": lambda: optax.sgd(0.05, momentum=0.9),
+    "adam": lambda: optax.adam(0.01),
+    "adamw": lambda: optax.adamw(0.01, weight_decay=0.1),
+    "lion": lambda: optax.lion(0.003, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(0.01, min_dim_size_to_factor=4),
+    "clip_adamw": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01)),
+    "multisteps": lambda: optax.MultiSteps(
+        optax.adamw(0.01), every_k_schedule=2
+    ).gradient_transformation(),
+    "sgd": lambda: optax.sgd(0.05),
+    "nesterov": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
+    "nadamw": lambda: optax.nadamw(0.01),
+    "radam": lambda: optax.radam(0.01),
+    "rmsprop": lambda: optax.rmsprop(0.01, momentum=0.9),
+    "adagrad": lambda: optax.adagrad(0.05),
+    "rprop": lambda: optax.rprop(0.01),
+    "lamb": lambda: optax.lamb(0.01),
+    "adabelief": lambda: optax.adabelief(0.01),
+    "muon": lambda: optax.contrib.muon(0.01),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=0.01),
+    "partition": lambda: optax.partition(
+        {"wide": optax.adamw(0.01), "rest": optax.sgd(0.05)},
+        lambda params: jax.tree.map(lambda p: "wide" if p.ndim > 1 else "rest", params),
+    ),
+    "masked": lambda: optax.chain(
+        optax.masked(
+            optax.add_decayed_weights(0.1), lambda p: jax.tree.map(lambda w: w.ndim > 1, p)
+        ),
+        optax.sgd(0.05, momentum=0.9),
+    ),
+}
+REQUIRED = ("momentum", "adam", "adamw", "lion", "adafactor", "clip_adamw", "multisteps")
+
+WHEN = jp.every(3, begin=1, end=8)
+
+METHODS = {
+    "prune_gradually": lambda inner, s, **kw: jp.prune_gradually(
+        inner, jp.cubic_sparsity(s, 7, begin=1), when=WHEN, **kw
+    ),
+    "prune_global_taylor": lambda inner, s, **kw: jp.prune_gradually(
+        inner, s, when=WHEN, saliency=jp.taylor, allocate=jp.allocate_global, **kw
+    ),
+    "prune_gradient_erk": lambda inner, s, **kw: jp.prune_gradually(
+        inner,
+        jp.cubic_sparsity(s, 7),
+        when=WHEN,
+        saliency=jp.gradient_magnitude,
+        allocate=jp.allocate_erk,
+        **kw,
+    ),
+    "prune_lamp": lambda inner, s, **kw: jp.prune_gradually(
+        inner, jp.cubic_sparsity(s, 7), when=WHEN, allocate=jp.allocate_lamp, **kw
+    ),
+    "prune_random_packed": lambda inner, s, **kw: jp.prune_gradually(
+        inner, s, when=WHEN, saliency=jp.random_saliency, key=KEY, packed=True, **kw
+    ),
+    "prune_below": lambda inner, s, **kw: jp.prune_below(
+        inner, 0.2 * s, when=WHEN, saliency=jp.magnitude, **kw
+    ),
+    "rigl": lambda inner, s, **kw: jp.rigl(inner, s, drop_fraction=0.3, when=WHEN, key=KEY, **kw),
+    "sparse_evolutionary": lambda inner, s, **kw: jp.sparse_evolutionary(
+        inner, s, drop_fraction=0.3, when=WHEN, key=KEY, **kw
+    ),
+}
+EXACT = [name for name in METHODS if name != "prune_below"]
+REGROWING = ("rigl", "sparse_evolutionary")
+
+SALIENCIES = {
+    "magnitude": jp.magnitude,
+    "gradient_magnitude": jp.gradient_magnitude,
+    "taylor": jp.taylor,
+    "random_saliency": partial(jp.random_saliency, key=KEY),
+}
+ALLOCATIONS = {
+    "uniform": jp.allocate_uniform,
+    "erk": jp.allocate_erk,
+    "global": jp.allocate_global,
+    "lamp": jp.allocate_lamp,
+}
+
+
+def params(dtype=jnp.float32, seed=0):
+    """A small convolution, two dense layers, a norm and an embedding."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    shapes = {
+        "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+        "dense": {"kernel": (36, 16)},
+        "norm": {"scale": (16,)},
+        "embed": {"embedding": (5, 16)},
+        "head": {"kernel": (16, 5), "bias": (5,)},
+    }
+    flat, tree = jax.tree.flatten(shapes, is_leaf=lambda v: isinstance(v, tuple))
+    keys = jax.random.split(jax.random.key(seed), len(flat))
+    leaves = [
+        (0.5 * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, flat, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def loss(p, step):
+    """Smooth, moves every weight, and differs from step to step."""
+    total = jnp.zeros((), jnp.float32)
+    for i, leaf in enumerate(jax.tree.leaves(p)):
+        wave = jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape) + i + step)
+        total += jnp.sum(jnp.square(leaf.astype(jnp.float32) - wave))
+    return total
+
+
+def run(tx, p, steps, state=None, *, first=0):
+    """A jitted training loop; returns params, state and the trajectory."""
+    state = tx.init(p) if state is None else state
+
+    @jax.jit
+    def update(p, state, t):
+        grads = jax.grad(loss)(p, t)
+        updates, state = tx.update(grads, state, p)
+        return optax.apply_updates(p, updates), state
+
+    path = []
+    for t in range(first, first + steps):
+        p, state = update(p, state, jnp.float32(t))
+        path.append((p, state))
+    return p, state, path
+
+
+def kept(masks):
+    """Kept weights per path."""
+    pairs = jax.tree_util.tree_leaves_with_path(masks)
+    return {jax.tree_util.keystr(path): int(mask.sum()) for path, mask in pairs}
+
+
+def total(masks):
+    return sum(kept(masks).values())

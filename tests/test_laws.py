@@ -1,0 +1,354 @@
+"""Every law of the library, over every method it applies to."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import (
+    ALLOCATIONS,
+    EXACT,
+    METHODS,
+    OPTIMIZERS,
+    REGROWING,
+    REQUIRED,
+    kept,
+    loss,
+    params,
+    run,
+    total,
+)
+
+import jaxprune as jp
+
+DTYPE_PROMOTION = "standard"  # optax's bias correction promotes
+SIZE = 3 * 3 * 2 * 4 + 36 * 16 + 16 * 5
+
+
+def dead_are_zero(p, masks):
+    def check(leaf, mask):
+        if mask is not None:
+            assert not np.any(np.asarray(leaf, np.float32)[~np.asarray(mask)])
+
+    jax.tree.map(check, p, masks, is_leaf=lambda v: v is None)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["prune_gradually", "rigl"])
+def test_zeros_are_exact_for_every_optimizer(method, optimizer):
+    tx = METHODS[method](OPTIMIZERS[optimizer](), 0.8)
+    p, state, path = run(tx, params(), 50)
+    for p, state in path[::7] + path[-1:]:
+        dead_are_zero(p, jp.get_masks(state, p))
+    assert total(jp.get_masks(state, p)) == SIZE - round(0.8 * SIZE)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(p))
+
+
+@pytest.mark.parametrize("optimizer", REQUIRED)
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_are_exact_for_every_method(method, optimizer):
+    tx = METHODS[method](OPTIMIZERS[optimizer](), 0.7)
+    p, state, path = run(tx, params(), 12)
+    for p, state in path:
+        dead_are_zero(p, jp.get_masks(state, p))
+    if method in EXACT:
+        assert total(jp.get_masks(state, p)) == SIZE - round(np.float32(0.7) * SIZE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("method", METHODS)
+def test_dtypes_are_preserved_and_zeros_exact(method, dtype):
+    with jax.numpy_dtype_promotion("strict"):
+        p, state, _ = run(METHODS[method](optax.sgd(0.01, momentum=0.9), 0.7), params(dtype), 10)
+    chex.assert_trees_all_equal_dtypes(p, params(dtype))
+    dead_are_zero(p, jp.get_masks(state, p))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_jit_equals_eager(method):
+    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
+    jitted, state, _ = run(tx, p, 3)
+    eager, start = p, tx.init(p)
+    for t in range(3):
+        updates, start = tx.update(jax.grad(loss)(eager, jnp.float32(t)), start, eager)
+        eager = optax.apply_updates(eager, updates)
+    chex.assert_trees_all_equal(jp.get_masks(state, p), jp.get_masks(start, p))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scan_equals_loop(method):
+    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
+    _, looped, _ = run(tx, p, 10)
+
+    def body(carry, t):
+        p, state = carry
+        updates, state = tx.update(jax.grad(loss)(p, t), state, p)
+        return (optax.apply_updates(p, updates), state), jp.density(jp.get_masks(state, p))
+
+    times = jnp.arange(10, dtype=jnp.float32)
+    (_, scanned), densities = jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), times))(p)
+    chex.assert_trees_all_equal(jp.get_masks(looped, p), jp.get_masks(scanned, p))
+    assert densities.shape == (10,)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_vmap_over_seeds(method):
+    tx = METHODS[method](optax.sgd(0.01), 0.7)
+    many = jax.vmap(lambda seed: jax.tree.map(lambda p: p * seed, params()))(jnp.array([1.0, 2.0]))
+
+    def train(p):
+        state = tx.init(p)
+        for t in range(3):
+            updates, state = tx.update(jax.grad(loss)(p, jnp.float32(t)), state, p)
+            p = optax.apply_updates(p, updates)
+        return p, jp.get_masks(state, p)
+
+    both, masks = jax.jit(jax.vmap(train))(many)
+    for i in range(2):
+        one, mask = jax.jit(train)(jax.tree.map(lambda p, i=i: p[i], many))
+        chex.assert_trees_all_equal(jax.tree.map(lambda m, i=i: m[i], masks), mask)
+        chex.assert_trees_all_close(jax.tree.map(lambda m, i=i: m[i], both), one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_recompilation(method):
+    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
+    traces = []
+
+    @jax.jit
+    def update(p, state, t):
+        traces.append(t)
+        updates, state = tx.update(jax.grad(loss)(p, t), state, p)
+        return optax.apply_updates(p, updates), state
+
+    state = tx.init(p)
+    for t in range(10):
+        p, state = update(p, state, jnp.float32(t))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_maps_donates_and_has_abstract_shapes(method):
+    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
+    state = tx.init(p)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, p), state)
+    doubled = optax.tree.map_params(tx, lambda leaf: leaf, state, is_leaf=lambda v: v is None)
+    chex.assert_trees_all_equal(doubled, state)
+    step = jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=1)
+    _, state = step(p, state)
+    step(p, state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_equals_uninterrupted(method):
+    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
+    whole, whole_state, path = run(tx, p, 12)
+    middle = jax.tree.map(np.asarray, path[4])
+    resumed, state, _ = run(
+        tx,
+        *jax.tree.map(jnp.asarray, (middle[0], 7, middle[1]))[:1],
+        7,
+        state=jax.tree.map(jnp.asarray, middle[1]),
+        first=5,
+    )
+    chex.assert_trees_all_equal((whole, whole_state), (resumed, state))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_extra_arguments_reach_the_inner_optimizer(method):
+    seen = []
+
+    def update(updates, state, params=None, *, value=None, **extra):
+        seen.append(value)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
+    tx, p = METHODS[method](inner, 0.5), params()
+    tx.update(p, tx.init(p), p, value=3)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_keeps_the_masks_and_is_tried_again(method):
+    tx, p = METHODS[method](optax.sgd(0.0), 0.7), params()
+    state = tx.init(p)
+    grads = jax.grad(loss)(p, jnp.float32(0))
+    for _ in range(4):
+        _, state = tx.update(grads, state, p)
+    before = jp.get_masks(state, p)
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    poisoned = jax.tree.map(lambda w: w * jnp.nan, p)
+    assert int(state.step) == 4
+    _, state = tx.update(bad, state, poisoned)
+    if method == "prune_random_packed":
+        return
+    chex.assert_trees_all_equal(jp.get_masks(state, p), before)
+    assert bool(state.pending)
+    _, state = tx.update(grads, state, p)
+    assert not bool(state.pending)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in REGROWING])
+def test_pruned_stays_pruned(method):
+    _, _, path = run(METHODS[method](optax.adamw(0.05), 0.7), params(), 10)
+    before = None
+    for p, state in path:
+        masks = jp.get_masks(state, p)
+        if before is not None:
+            assert all(
+                not np.any(np.asarray(new) & ~np.asarray(old))
+                for new, old in zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
+            )
+        before = masks
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_masks_are_nested_exact_and_scale_free(allocation):
+    allocate, scores = ALLOCATIONS[allocation], jp.magnitude(jp.select(params()))
+    masks = jax.jit(lambda s, scores: jp.mask_topk(scores, allocate(scores, s, min_keep=0)))
+    larger = None
+    for sparsity in (0.0, 0.1, 0.31, 0.5, 0.7, 0.9, 0.99, 1.0):
+        found = masks(sparsity, scores)
+        want = SIZE - int(np.floor(np.float64(np.float32(sparsity)) * SIZE + 0.5))
+        assert total(found) == want
+        for power in (2.0**-20, 2.0**20):
+            scaled = jax.tree.map(lambda s, power=power: s * power, scores)
+            chex.assert_trees_all_equal(masks(sparsity, scaled), found)
+        eager = jp.mask_topk(scores, allocate(scores, sparsity, min_keep=0))
+        chex.assert_trees_all_equal(eager, found)
+        if larger is not None:
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & b, a), found, larger)
+        larger = found
+
+
+@pytest.mark.parametrize("method", REGROWING)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_regrown_weights_start_afresh(method, optimizer):
+    """Grown weights are zero and hold what ``inner.init`` gives; the count never changes."""
+    inner = OPTIMIZERS[optimizer]()
+    tx, p = METHODS[method](inner, 0.6), params()
+    p, state, path = run(tx, p, 9)
+    counts = {str(kept(jp.get_masks(s, q))) for q, s in path}
+    assert len(counts) == 1
+    grew = 0
+    for (before, old), (after, new) in zip(path, path[1:], strict=False):
+        grown = jax.tree.map(
+            lambda a, b: np.asarray(b & ~a), jp.get_masks(old, p), jp.get_masks(new, p)
+        )
+        grew += total(grown)
+        dead_are_zero(after, jax.tree.map(np.logical_not, grown))
+        if not total(grown):
+            continue
+        fresh = inner.init(
+            jax.tree.map(
+                lambda w, g: w if g is None else np.where(g, 0, w),
+                after,
+                grown,
+                is_leaf=lambda v: v is None,
+            )
+        )
+        compare_where_grown(inner, new.inner_state, fresh, grown, after)
+    assert grew > 0
+
+
+def compare_where_grown(inner, state, fresh, grown, p):
+    sizes = {
+        leaf.shape: g
+        for leaf, g in zip(
+            jax.tree.leaves(p), jax.tree.leaves(grown, is_leaf=lambda v: v is None), strict=True
+        )
+        if g is not None
+    }
+    for now, new in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
+        where = sizes.get(now.shape)
+        if where is not None and now.ndim > 1:
+            np.testing.assert_array_equal(np.asarray(now)[where], np.asarray(new)[where])
+
+
+def test_random_growth_differs_at_every_update():
+    p = {"kernel": jnp.ones((20, 20))}
+    tx = jp.sparse_evolutionary(
+        optax.sgd(0.0), 0.8, drop_fraction=0.5, when=jp.every(1), key=jax.random.key(0)
+    )
+    state, seen = tx.init(p), set()
+    for _ in range(4):
+        updates, state = tx.update(p, state, p)
+        seen.add(np.asarray(state.masks["kernel"]).tobytes())
+    assert len(seen) == 4
+
+
+def test_a_weight_dropped_and_grown_at_once_is_left_alone():
+    """All weights are dropped, but the gradient wants the same ones: nothing changes."""
+    mask = jnp.array([[True, True, False, False]])
+    p = {"kernel": jnp.where(mask, 1.0, 0.0)}
+    grads = {"kernel": jnp.where(mask, 9.0, 1.0)}
+    tx = jp.rigl(
+        optax.sgd(0.1, momentum=0.9),
+        0.5,
+        drop_fraction=1.0,
+        when=jp.every(1),
+        key=jax.random.key(0),
+        masks={"kernel": mask},
+    )
+    state = tx.init(p)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, p)
+        p = optax.apply_updates(p, updates)
+    np.testing.assert_array_equal(state.masks["kernel"], mask)
+    np.testing.assert_allclose(p["kernel"][0, :2], 1 - 0.9 - 0.9 * 1.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("inner", [optax.sm3(0.1), optax.lbfgs()])
+@pytest.mark.parametrize("method", REGROWING)
+def test_unmatchable_optimizers_are_refused(method, inner):
+    with pytest.raises(ValueError, match="cannot be matched"):
+        METHODS[method](inner, 0.5).init(params())
+
+
+@pytest.mark.parametrize(("begin", "n", "end"), [(0, 7, 30), (3, 10, 11), (5, 100, 9), (0, 1, 0)])
+def test_the_last_trigger_lands(begin, n, end):
+    schedule = jp.cubic_sparsity(0.83, max(1, end - begin), begin=min(begin, end))
+    tx = jp.prune_gradually(optax.sgd(0.0), schedule, when=jp.every(n, begin=begin, end=end))
+    p, state, path = run(tx, params(), end + 2)
+    wanted = 0.83 if end > 0 else 0.0
+    assert total(jp.get_masks(state, p)) == SIZE - round(wanted * SIZE)
+
+
+def test_wrapped_in_multisteps():
+    tx = optax.MultiSteps(METHODS["prune_gradually"](optax.adamw(0.01), 0.8), every_k_schedule=3)
+    p, state, path = run(tx, params(), 30)
+    assert total(jp.get_masks(state, p)) == SIZE - round(0.8 * SIZE)
+    for p, state in path:
+        dead_are_zero(p, jp.get_masks(state, p)) if int(state.gradient_step) else None
+
+
+def test_keep_params_masked_survives_fine_tuning_and_donation():
+    pruned, masks = jp.prune(params(), 0.9)
+    tx = optax.chain(optax.adamw(0.05, weight_decay=0.1), jp.keep_params_masked(masks))
+    step = jax.jit(
+        lambda p, s: tx.update(jax.grad(loss)(p, jnp.float32(0)), s, p), donate_argnums=1
+    )
+    p, state = pruned, tx.init(pruned)
+    for _ in range(20):
+        updates, state = step(p, state)
+        p = optax.apply_updates(p, updates)
+    dead_are_zero(p, masks)
+    assert total(masks) == total(jp.get_masks(state, p))
+
+
+def test_masks_to_start_from():
+    pruned, masks = jp.prune(params(), 0.5)
+    tx = jp.prune_gradually(optax.adamw(0.01), 0.8, when=jp.every(1, begin=2), masks=masks)
+    p, state, path = run(tx, pruned, 4)
+    assert total(jp.get_masks(path[1][1], p)) == total(masks)
+    assert total(jp.get_masks(state, p)) == SIZE - round(0.8 * SIZE)
+
+
+def test_packed_equals_unpacked():
+    p = params()
+    make = METHODS["prune_gradually"]
+    plain, packed = (run(make(optax.adamw(0.01), 0.8, packed=b), p, 10) for b in (False, True))
+    chex.assert_trees_all_equal(plain[0], packed[0])
+    chex.assert_trees_all_equal(jp.get_masks(plain[1], p), jp.get_masks(packed[1], p))
+    assert packed[1].masks["head"]["kernel"].shape == (16, 1)
