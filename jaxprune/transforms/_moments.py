@@ -64,7 +64,7 @@ def check_restartable(inner: optax.GradientTransformation, params: Params) -> No
 
     try:
         optax.tree.map_params(inner, check, shapes, paths, is_leaf=_is_masked)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             "regrown weights need fresh optimizer state, but this optimizer's state cannot be "
             f"matched to single weights ({error}); use another inner optimizer, or a method that "
