@@ -208,6 +208,11 @@ def check_masks(masks: PyTree, params: Params) -> None:
             )
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """``x`` in float32, or in its own type if that is as wide."""
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+
+
 def _names_embedding(part: str) -> bool:
     """Whether a path component names an embedding or position ("transpose", "ensemble" do not)."""
     lower = [word.lower() for word in _WORD.findall(part)]

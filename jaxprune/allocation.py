@@ -296,13 +296,13 @@ def _prices(scores: Scores, costs: PyTree) -> list[int]:
 
 
 def _per_cost(leaf: jax.Array, cost: float) -> jax.Array:
-    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    wide = _tree.widen(leaf)
     return wide / np.asarray(cost, wide.dtype)
 
 
 @jax.jit
 def _lamp(leaf: jax.Array) -> jax.Array:
     """The LAMP score of every weight, in descending order, which is all that counts need."""
-    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    wide = _tree.widen(leaf)
     energy = jnp.square(jnp.sort(jnp.maximum(wide, 0), axis=None, descending=True))
     return jnp.where(energy > 0, energy / jnp.cumsum(energy), energy)

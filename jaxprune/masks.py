@@ -75,7 +75,7 @@ def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks
     _check_scores(scores)
 
     def above(path, leaf, over):
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        wide = _tree.widen(leaf)
         if over is not None:
             wide = jnp.sum(wide, resolve_axes(path, leaf, over), keepdims=True)
         return jnp.broadcast_to(wide > jnp.asarray(threshold).astype(wide.dtype), leaf.shape)

@@ -87,7 +87,7 @@ def mask_groups(scores: Scores, keep: Counts, *, axes: Any) -> Masks:
     def mask(path, leaf, k, along):
         over = resolve_axes(path, leaf, along)
         unit = math.prod(leaf.shape[a] for a in over)
-        means = jnp.mean(_wide(leaf), over, keepdims=True)
+        means = jnp.mean(_tree.widen(leaf), over, keepdims=True)
         kept = mask_topk(means, jnp.asarray(k).astype(jnp.int32) // unit)
         return jnp.broadcast_to(kept, leaf.shape)
 
@@ -147,7 +147,7 @@ def mask_blocks(scores: Scores, keep: Counts, *, block: Any, axes: Any = (-2, -1
 
 
 def _block_sums(leaf: jax.Array, size: dict[int, int]) -> jax.Array:
-    wide = _wide(leaf)
+    wide = _tree.widen(leaf)
     pads = [(0, -n % size.get(a, 1)) for a, n in enumerate(leaf.shape)]
     wide = jnp.pad(wide, pads) if any(after for _, after in pads) else wide
     split: list[int] = []
@@ -185,10 +185,6 @@ def _n_of_m(leaf: jax.Array, n: int, m: int, axes: tuple[int, ...]) -> jax.Array
             rank[j] = rank[j] + wins.astype(rank[j].dtype)
     kept = jnp.stack([r < n for r in rank], -1).reshape(inside)
     return kept.transpose(tuple(int(a) for a in np.argsort(rest + axes)))
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _check(scores: Scores) -> None:

@@ -1,9 +1,10 @@
 """The tables that every law sweeps: a new method or optimizer inherits all tests with one row."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxprune as jp
@@ -45,6 +46,8 @@ OPTIMIZERS = {
 REQUIRED = ("momentum", "adam", "adamw", "lion", "adafactor", "clip_adamw", "multisteps")
 
 WHEN = jp.every(3, begin=1, end=8)
+
+SIZE = 3 * 3 * 2 * 4 + 36 * 16 + 16 * 5  # governed weights of params()
 
 METHODS = {
     "prune_gradually": lambda inner, s, **kw: jp.prune_gradually(
@@ -94,7 +97,6 @@ ALLOCATIONS = {
 
 def params(dtype=jnp.float32, seed=0):
     """A small convolution, two dense layers, a norm and an embedding."""
-    keys = jax.random.split(jax.random.key(seed), 5)
     shapes = {
         "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
         "dense": {"kernel": (36, 16)},
@@ -119,21 +121,32 @@ def loss(p, step):
     return total
 
 
-def run(tx, p, steps, state=None, *, first=0):
-    """A jitted training loop; returns params, state and the trajectory."""
-    state = tx.init(p) if state is None else state
+def stepper(tx):
+    """One jitted training step: ``step(params, state, t) -> (params, state)``."""
 
     @jax.jit
-    def update(p, state, t):
-        grads = jax.grad(loss)(p, t)
-        updates, state = tx.update(grads, state, p)
+    def step(p, state, t):
+        updates, state = tx.update(jax.grad(loss)(p, t), state, p)
         return optax.apply_updates(p, updates), state
 
-    path = []
-    for t in range(first, first + steps):
-        p, state = update(p, state, jnp.float32(t))
+    return step
+
+
+def run(tx, p, steps, *, step=None):
+    """Train; returns params, state and the trajectory of both."""
+    step, state, path = step or stepper(tx), tx.init(p), []
+    for t in range(steps):
+        p, state = step(p, state, jnp.float32(t))
         path.append((p, state))
     return p, state, path
+
+
+@cache
+def trained(method, optimizer="adamw", steps=12, sparsity=0.7):
+    """A run shared by the laws, with what it takes to go on: ``(tx, step, trajectory)``."""
+    tx = METHODS[method](OPTIMIZERS[optimizer](), sparsity)
+    step = stepper(tx)
+    return tx, step, run(tx, params(), steps, step=step)[2]
 
 
 def kept(masks):
@@ -144,3 +157,13 @@ def kept(masks):
 
 def total(masks):
     return sum(kept(masks).values())
+
+
+def dead_are_zero(p, masks):
+    """Assert that pruned weights are exactly zero."""
+
+    def check(leaf, mask):
+        if mask is not None:
+            assert not np.any(np.asarray(leaf, np.float32)[~np.asarray(mask)])
+
+    jax.tree.map(check, p, masks, is_leaf=lambda v: v is None)

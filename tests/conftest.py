@@ -1,3 +1,8 @@
+import os
+
+# Hundreds of small programs run for milliseconds: what costs is compiling them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import hypothesis
 import jax
 import pytest

@@ -10,53 +10,33 @@ from cases import (
     ALLOCATIONS,
     EXACT,
     METHODS,
-    OPTIMIZERS,
     REGROWING,
     REQUIRED,
-    kept,
+    SIZE,
+    dead_are_zero,
     loss,
     params,
     run,
     total,
+    trained,
 )
 
 import jaxprune as jp
 
 DTYPE_PROMOTION = "standard"  # optax's bias correction promotes
-SIZE = 3 * 3 * 2 * 4 + 36 * 16 + 16 * 5
-
-
-def dead_are_zero(p, masks):
-    def check(leaf, mask):
-        if mask is not None:
-            assert not np.any(np.asarray(leaf, np.float32)[~np.asarray(mask)])
-
-    jax.tree.map(check, p, masks, is_leaf=lambda v: v is None)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["prune_gradually", "rigl"])
-def test_zeros_are_exact_for_every_optimizer(method, optimizer):
-    tx = METHODS[method](OPTIMIZERS[optimizer](), 0.8)
-    p, state, path = run(tx, params(), 50)
-    for p, state in path[::7] + path[-1:]:
-        dead_are_zero(p, jp.get_masks(state, p))
-    assert total(jp.get_masks(state, p)) == SIZE - round(0.8 * SIZE)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(p))
 
 
 @pytest.mark.parametrize("optimizer", REQUIRED)
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_are_exact_for_every_method(method, optimizer):
-    tx = METHODS[method](OPTIMIZERS[optimizer](), 0.7)
-    p, state, path = run(tx, params(), 12)
+    _, _, path = trained(method, optimizer)
     for p, state in path:
         dead_are_zero(p, jp.get_masks(state, p))
     if method in EXACT:
         assert total(jp.get_masks(state, p)) == SIZE - round(np.float32(0.7) * SIZE)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_dtypes_are_preserved_and_zeros_exact(method, dtype):
     with jax.numpy_dtype_promotion("strict"):
@@ -67,92 +47,67 @@ def test_dtypes_are_preserved_and_zeros_exact(method, dtype):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_jit_equals_eager(method):
-    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
-    jitted, state, _ = run(tx, p, 3)
-    eager, start = p, tx.init(p)
+    tx, _, path = trained(method)
+    p = params()
+    state = tx.init(p)
     for t in range(3):
-        updates, start = tx.update(jax.grad(loss)(eager, jnp.float32(t)), start, eager)
-        eager = optax.apply_updates(eager, updates)
-    chex.assert_trees_all_equal(jp.get_masks(state, p), jp.get_masks(start, p))
+        updates, state = tx.update(jax.grad(loss)(p, jnp.float32(t)), state, p)
+        p = optax.apply_updates(p, updates)
+        chex.assert_trees_all_equal(jp.get_masks(state, p), jp.get_masks(path[t][1], p))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_equals_loop(method):
-    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
-    _, looped, _ = run(tx, p, 10)
+    tx, _, path = trained(method)
 
     def body(carry, t):
         p, state = carry
         updates, state = tx.update(jax.grad(loss)(p, t), state, p)
         return (optax.apply_updates(p, updates), state), jp.density(jp.get_masks(state, p))
 
-    times = jnp.arange(10, dtype=jnp.float32)
-    (_, scanned), densities = jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), times))(p)
-    chex.assert_trees_all_equal(jp.get_masks(looped, p), jp.get_masks(scanned, p))
-    assert densities.shape == (10,)
+    times = jnp.arange(12, dtype=jnp.float32)
+    start = params()
+    (_, scanned), densities = jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), times))(start)
+    chex.assert_trees_all_equal(*(jp.get_masks(s, start) for s in (path[-1][1], scanned)))
+    assert densities.shape == (12,)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_vmap_over_seeds(method):
-    tx = METHODS[method](optax.sgd(0.01), 0.7)
+    tx, step, _ = trained(method)
     many = jax.vmap(lambda seed: jax.tree.map(lambda p: p * seed, params()))(jnp.array([1.0, 2.0]))
-
-    def train(p):
-        state = tx.init(p)
-        for t in range(3):
-            updates, state = tx.update(jax.grad(loss)(p, jnp.float32(t)), state, p)
-            p = optax.apply_updates(p, updates)
-        return p, jp.get_masks(state, p)
-
-    both, masks = jax.jit(jax.vmap(train))(many)
+    together = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+    both, states = many, jax.vmap(tx.init)(many)
+    for t in range(5):
+        both, states = together(both, states, jnp.float32(t))
     for i in range(2):
-        one, mask = jax.jit(train)(jax.tree.map(lambda p, i=i: p[i], many))
-        chex.assert_trees_all_equal(jax.tree.map(lambda m, i=i: m[i], masks), mask)
-        chex.assert_trees_all_close(jax.tree.map(lambda m, i=i: m[i], both), one, rtol=1e-5)
+        mine = jax.tree.map(lambda p, i=i: p[i], many)
+        one, state, _ = run(tx, mine, 5, step=step)
+        mask = jp.get_masks(jax.tree.map(lambda s, i=i: s[i], states), one)
+        chex.assert_trees_all_equal(mask, jp.get_masks(state, one))
+        chex.assert_trees_all_close(jax.tree.map(lambda p, i=i: p[i], both), one, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_recompilation(method):
-    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
-    traces = []
-
-    @jax.jit
-    def update(p, state, t):
-        traces.append(t)
-        updates, state = tx.update(jax.grad(loss)(p, t), state, p)
-        return optax.apply_updates(p, updates), state
-
-    state = tx.init(p)
-    for t in range(10):
-        p, state = update(p, state, jnp.float32(t))
-    assert len(traces) == 1
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_state_maps_donates_and_has_abstract_shapes(method):
-    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
-    state = tx.init(p)
+def test_one_compilation_and_a_state_that_maps_donates_and_is_abstract(method):
+    tx, step, path = trained(method)
+    assert step._cache_size() == 1
+    p, state = path[-1]
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, p), state)
-    doubled = optax.tree.map_params(tx, lambda leaf: leaf, state, is_leaf=lambda v: v is None)
-    chex.assert_trees_all_equal(doubled, state)
-    step = jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=1)
-    _, state = step(p, state)
-    step(p, state)
+    same = optax.tree.map_params(tx, lambda leaf: leaf, state, is_leaf=lambda v: v is None)
+    chex.assert_trees_all_equal(same, state)
+    copies = jax.tree.map(jnp.copy, (p, tx.init(p)))
+    donating = jax.jit(lambda p, s: tx.update(p, s, p)[1], donate_argnums=1)
+    donating(p, donating(*copies))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_equals_uninterrupted(method):
-    tx, p = METHODS[method](optax.adamw(0.01), 0.7), params()
-    whole, whole_state, path = run(tx, p, 12)
-    middle = jax.tree.map(np.asarray, path[4])
-    resumed, state, _ = run(
-        tx,
-        *jax.tree.map(jnp.asarray, (middle[0], 7, middle[1]))[:1],
-        7,
-        state=jax.tree.map(jnp.asarray, middle[1]),
-        first=5,
-    )
-    chex.assert_trees_all_equal((whole, whole_state), (resumed, state))
+    _, step, path = trained(method)
+    p, state = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, path[4]))
+    for t in range(5, 12):
+        p, state = step(p, state, jnp.float32(t))
+    chex.assert_trees_all_equal((p, state), path[-1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -169,29 +124,24 @@ def test_extra_arguments_reach_the_inner_optimizer(method):
     assert seen == [3]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "prune_random_packed"])
 def test_nan_keeps_the_masks_and_is_tried_again(method):
-    tx, p = METHODS[method](optax.sgd(0.0), 0.7), params()
-    state = tx.init(p)
+    """Random scores know no NaN; all others meet one at step 4, where a trigger fires."""
+    tx, _, path = trained(method)
+    p, state = path[3]
     grads = jax.grad(loss)(p, jnp.float32(0))
-    for _ in range(4):
-        _, state = tx.update(grads, state, p)
-    before = jp.get_masks(state, p)
-    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
-    poisoned = jax.tree.map(lambda w: w * jnp.nan, p)
-    assert int(state.step) == 4
-    _, state = tx.update(bad, state, poisoned)
-    if method == "prune_random_packed":
-        return
-    chex.assert_trees_all_equal(jp.get_masks(state, p), before)
-    assert bool(state.pending)
-    _, state = tx.update(grads, state, p)
-    assert not bool(state.pending)
+    poisoned, bad = jax.tree.map(lambda w: w * jnp.nan, (p, grads))
+    update = jax.jit(tx.update)
+    _, after = update(bad, state, poisoned)
+    chex.assert_trees_all_equal(jp.get_masks(after, p), jp.get_masks(state, p))
+    assert bool(after.pending)
+    _, again = update(grads, after._replace(inner_state=state.inner_state), p)
+    assert not bool(again.pending)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in REGROWING])
 def test_pruned_stays_pruned(method):
-    _, _, path = run(METHODS[method](optax.adamw(0.05), 0.7), params(), 10)
+    _, _, path = trained(method)
     before = None
     for p, state in path:
         masks = jp.get_masks(state, p)
@@ -222,50 +172,6 @@ def test_masks_are_nested_exact_and_scale_free(allocation):
         larger = found
 
 
-@pytest.mark.parametrize("method", REGROWING)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_regrown_weights_start_afresh(method, optimizer):
-    """Grown weights are zero and hold what ``inner.init`` gives; the count never changes."""
-    inner = OPTIMIZERS[optimizer]()
-    tx, p = METHODS[method](inner, 0.6), params()
-    p, state, path = run(tx, p, 9)
-    counts = {str(kept(jp.get_masks(s, q))) for q, s in path}
-    assert len(counts) == 1
-    grew = 0
-    for (before, old), (after, new) in zip(path, path[1:], strict=False):
-        grown = jax.tree.map(
-            lambda a, b: np.asarray(b & ~a), jp.get_masks(old, p), jp.get_masks(new, p)
-        )
-        grew += total(grown)
-        dead_are_zero(after, jax.tree.map(np.logical_not, grown))
-        if not total(grown):
-            continue
-        fresh = inner.init(
-            jax.tree.map(
-                lambda w, g: w if g is None else np.where(g, 0, w),
-                after,
-                grown,
-                is_leaf=lambda v: v is None,
-            )
-        )
-        compare_where_grown(inner, new.inner_state, fresh, grown, after)
-    assert grew > 0
-
-
-def compare_where_grown(inner, state, fresh, grown, p):
-    sizes = {
-        leaf.shape: g
-        for leaf, g in zip(
-            jax.tree.leaves(p), jax.tree.leaves(grown, is_leaf=lambda v: v is None), strict=True
-        )
-        if g is not None
-    }
-    for now, new in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
-        where = sizes.get(now.shape)
-        if where is not None and now.ndim > 1:
-            np.testing.assert_array_equal(np.asarray(now)[where], np.asarray(new)[where])
-
-
 def test_random_growth_differs_at_every_update():
     p = {"kernel": jnp.ones((20, 20))}
     tx = jp.sparse_evolutionary(
@@ -273,7 +179,7 @@ def test_random_growth_differs_at_every_update():
     )
     state, seen = tx.init(p), set()
     for _ in range(4):
-        updates, state = tx.update(p, state, p)
+        _, state = tx.update(p, state, p)
         seen.add(np.asarray(state.masks["kernel"]).tobytes())
     assert len(seen) == 4
 
@@ -299,18 +205,11 @@ def test_a_weight_dropped_and_grown_at_once_is_left_alone():
     np.testing.assert_allclose(p["kernel"][0, :2], 1 - 0.9 - 0.9 * 1.9, rtol=1e-6)
 
 
-@pytest.mark.parametrize("inner", [optax.sm3(0.1), optax.lbfgs()])
-@pytest.mark.parametrize("method", REGROWING)
-def test_unmatchable_optimizers_are_refused(method, inner):
-    with pytest.raises(ValueError, match="cannot be matched"):
-        METHODS[method](inner, 0.5).init(params())
-
-
 @pytest.mark.parametrize(("begin", "n", "end"), [(0, 7, 30), (3, 10, 11), (5, 100, 9), (0, 1, 0)])
 def test_the_last_trigger_lands(begin, n, end):
     schedule = jp.cubic_sparsity(0.83, max(1, end - begin), begin=min(begin, end))
     tx = jp.prune_gradually(optax.sgd(0.0), schedule, when=jp.every(n, begin=begin, end=end))
-    p, state, path = run(tx, params(), end + 2)
+    p, state, _ = run(tx, params(), end + 2)
     wanted = 0.83 if end > 0 else 0.0
     assert total(jp.get_masks(state, p)) == SIZE - round(wanted * SIZE)
 

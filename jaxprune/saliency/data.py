@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from jaxprune import _tree
 from jaxprune._typing import Params, Scores
-from jaxprune.saliency.weights import widen
 
 Loss = Callable[..., jax.Array]
 
@@ -39,7 +38,7 @@ def snip(loss: Loss, params: Params, batches: Iterable[Any]) -> Scores:
       Lee, Ajanthan, Torr. SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019.
     """
     mean = _mean_over_batches(loss, params, batches, lambda g: g)
-    return _tree.map_governed(lambda w, g: jnp.abs(widen(w) * g), _floating(params), mean)
+    return _tree.map_governed(lambda w, g: jnp.abs(_tree.widen(w) * g), _floating(params), mean)
 
 
 def fisher(loss: Loss, params: Params, batches: Iterable[Any]) -> Scores:
@@ -72,7 +71,9 @@ def fisher(loss: Loss, params: Params, batches: Iterable[Any]) -> Scores:
       pruning, 2018.
     """
     mean = _mean_over_batches(loss, params, batches, jnp.square)
-    return _tree.map_governed(lambda w, g: jnp.square(widen(w)) * g * 0.5, _floating(params), mean)
+    return _tree.map_governed(
+        lambda w, g: jnp.square(_tree.widen(w)) * g * 0.5, _floating(params), mean
+    )
 
 
 def as_args(batch: Any) -> tuple[Any, ...]:
@@ -100,10 +101,10 @@ def _mean_over_batches(loss, params, batches, f):
             return loss(pairs, *batch)
 
         grads = jax.grad(merged)(trained)
-        return _tree.map_governed(lambda t, g: t + f(widen(g)), total, grads)
+        return _tree.map_governed(lambda t, g: t + f(_tree.widen(g)), total, grads)
 
     add = jax.jit(total)
-    mean = _tree.map_governed(lambda w: jnp.zeros_like(widen(w)), trained)
+    mean = _tree.map_governed(lambda w: jnp.zeros_like(_tree.widen(w)), trained)
     n = 0
     for n, batch in enumerate(batches, start=1):  # noqa: B007
         mean = add(mean, trained, as_args(batch))

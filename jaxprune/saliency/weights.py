@@ -98,7 +98,7 @@ def taylor(params: Params, grads: Params | None = None, *, key: jax.Array | None
     """
     del key
     grads = _required(grads, params, "taylor")
-    return _map(lambda w, g: jnp.abs(widen(w) * widen(g)), params, grads)
+    return _map(lambda w, g: jnp.abs(_tree.widen(w) * _tree.widen(g)), params, grads)
 
 
 def random_saliency(
@@ -139,11 +139,6 @@ def random_saliency(
         params,
         numbers,
     )
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """``x`` in float32, or its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _map(f, params, *rest):

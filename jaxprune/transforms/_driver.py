@@ -52,22 +52,27 @@ def shrinking(
         start = starting_masks(params, prunable, masks)
         return new_state(pack_masks(start) if packed else start, inner.init(params))
 
+    @jax.jit  # compiled once even where update is called eagerly
+    def decide(before, step, governed, dense):
+        old, sparsity, pending = before
+
+        def recompute():
+            scores = saliency(governed, dense, key=key_at(key, step))
+            alive = _tree.map_governed(_bury, old, scores)
+            new, wanted = remask(alive, step, old)
+            new = _tree.map_governed(jnp.logical_and, old, new)
+            return keep_unless_nan(before, (new, wanted), any_nan(alive))
+
+        same = (old, sparsity, jnp.zeros_like(pending))
+        return jax.lax.cond(jnp.asarray(when(step)) | pending, recompute, lambda: same)
+
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
         old = unpack_masks(state.masks, params) if packed else state.masks
         governed = _tree.map_governed(lambda _, p: p, old, params)
         dense = _tree.map_governed(lambda _, g: g, old, updates)
-
-        def recompute(previous):
-            scores = saliency(governed, dense, key=key_at(key, state.step))
-            alive = _tree.map_governed(_bury, old, scores)
-            new, sparsity = remask(alive, state.step, old)
-            new = _tree.map_governed(jnp.logical_and, old, new)
-            return keep_unless_nan(previous, (new, sparsity), any_nan(alive))
-
-        due = jnp.asarray(when(state.step)) | state.pending
-        before = (old, state.sparsity, jnp.zeros_like(state.pending))
-        current, sparsity, pending = jax.lax.cond(due, recompute, lambda same: same, before)
+        before = (old, state.sparsity, state.pending)
+        current, sparsity, pending = decide(before, state.step, governed, dense)
         updates, inner_state = inner.update(
             masked_gradients(updates, current), state.inner_state, params, **extra
         )
@@ -144,7 +149,8 @@ def zeroing_updates(updates: PyTree, params: Params, masks: Masks) -> PyTree:
     def emit(u, p, m):
         if u is None or p is None or m is None:
             return u
-        dtype = jnp.promote_types(u.dtype, p.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(u.dtype, p.dtype)
         return jnp.where(m, u.astype(dtype), -p.astype(dtype))
 
     return jax.tree.map(emit, updates, params, masks, is_leaf=_tree.is_none)

@@ -93,31 +93,41 @@ def prune_and_grow(
             start = mask(scores, allocate(scores, sparsity))
         return new_state(start, inner.init(params), sparsity)
 
-    def move(params, updates, state):
+    def move(old, step, governed, dense):
         """New masks, and whether a score was NaN."""
-        step_keys = jax.random.split(jax.random.fold_in(key, state.step + 1))
-        old = state.masks
-        governed = _tree.map_governed(lambda _, p: p, old, params)
-        dense = _tree.map_governed(lambda _, g: g, old, updates)
+        step_keys = jax.random.split(jax.random.fold_in(key, step + 1))
         drops = drop(governed, dense, key=step_keys[0])
         grows = grow(governed, dense, key=step_keys[1])
         drops = _tree.map_governed(lambda m, s: jnp.where(m, s, _inf(s, -1)), old, drops)
         bad = any_nan(drops) | any_nan(grows)
         kept = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
-        rate = jnp.clip(jnp.asarray(fraction(state.step), jnp.float32), 0.0, 1.0)
+        rate = jnp.clip(jnp.asarray(fraction(step), jnp.float32), 0.0, 1.0)
         stay = jax.tree.map(lambda k: k - _share(rate, k), kept)
         survivors = mask(drops, stay)
         grows = _tree.map_governed(lambda m, s: jnp.where(m, _inf(s, 1), s), survivors, grows)
         return jax.tree.map(lambda m, n: jnp.where(bad, m, n), old, mask(grows, kept)), bad
 
+    @jax.jit  # compiled once even where update is called eagerly
+    def decide(old, step, pending, governed, dense):
+        due = jnp.asarray(when(step)) | pending
+        moved = jax.lax.cond(
+            due,
+            lambda: move(old, step, governed, dense),
+            lambda: (old, jnp.zeros_like(pending)),
+        )
+        return *moved, due
+
+    @jax.jit
+    def refresh(due, inner_state, params, grown):
+        return jax.lax.cond(
+            due, lambda: restart(inner, inner_state, params, grown), lambda: inner_state
+        )
+
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
-        due = jnp.asarray(when(state.step)) | state.pending
-        current, pending = jax.lax.cond(
-            due,
-            lambda: move(params, updates, state),
-            lambda: (state.masks, jnp.zeros_like(state.pending)),
-        )
+        governed = _tree.map_governed(lambda _, p: p, state.masks, params)
+        dense = _tree.map_governed(lambda _, g: g, state.masks, updates)
+        current, pending, due = decide(state.masks, state.step, state.pending, governed, dense)
         grown = jax.tree.map(lambda new, old: new & ~old, current, state.masks)
         settled = jax.tree.map(jnp.logical_and, current, state.masks)
         updates, inner_state = inner.update(
@@ -125,24 +135,16 @@ def prune_and_grow(
         )
         # Grown weights start at zero: they count as pruned in the update that grows them.
         updates = zeroing_updates(updates, params, settled)
-        inner_state = jax.lax.cond(
-            due,
-            lambda: restart(inner, inner_state, _zeroed(params, settled), grown),
-            lambda: inner_state,
-        )
+        zeroed = masked_gradients(params, settled)
         return updates, PruningState(
             step=optax.safe_increment(state.step),
             masks=current,
             sparsity=state.sparsity,
             pending=pending,
-            inner_state=inner_state,
+            inner_state=refresh(due, inner_state, zeroed, grown),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _zeroed(params: Params, masks: Masks) -> Params:
-    return masked_gradients(params, masks)
 
 
 def _share(rate: jax.Array, kept: jax.Array) -> jax.Array:
