@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _exact
+from jaxprune import _counting, _exact
 
 _MAX_LEAF = 2**31 - 1
 _GRAIN = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}
-_ROWS = 64  # bytes summed before widening: at most 255, and few enough to divide sharded axes
 
 
 @jax.jit
@@ -83,7 +82,7 @@ def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     def count(views):
         return jnp.sum(views[0].astype(jnp.uint32) * sizes, dtype=jnp.uint32)
 
-    index = _indices(units.shape, tuple(range(units.ndim)))
+    index = _counting.indices(units.shape, tuple(range(units.ndim)))
     problem = _problem((units,), [index], jnp.sum(sizes, dtype=jnp.uint32), _alone, count)
     return _finish(_search(problem, problem.start(keep.astype(jnp.uint32))))[0]
 
@@ -123,7 +122,7 @@ class _Problem(NamedTuple):
         zero = jnp.minimum(step, 0).astype(jnp.uint32)
         parts = zip(leaves, self.indices, self.split(key), self.split(index), strict=True)
         return tuple(
-            _kept(_order(leaf, self.dtype) >> self.grain, at(zero), k, i).astype(jnp.uint8)
+            _counting.view(_counting.order(leaf, self.dtype) >> self.grain, at(zero), k, i)
             for leaf, at, k, i in parts
         )
 
@@ -223,11 +222,14 @@ def _advance(problem: _Problem, state: _State, counts: jax.Array) -> _State:
         step=state.step + 1,
         views=(),
     )
-    return _guess_each(_turn_to_ties(state))
+    return _guess_each(_settle(state))
 
 
-def _turn_to_ties(state: _State) -> _State:
+def _settle(state: _State) -> _State:
+    """Take the high end where it keeps what is wanted; turn to ties where two keys remain."""
     one, zero = jnp.ones_like(state.low), jnp.zeros_like(state.low)
+    met = ~state.done & (state.above == state.want)
+    state = state._replace(done=state.done | met, at=jnp.where(met, state.high, state.at))
     closed = ~state.done & (state.high - state.low == one)
     # Units of several weights may step over what is wanted; the cut below is then the answer.
     over, closed = closed & state.tied, closed & ~state.tied
@@ -320,7 +322,7 @@ def _advance_shared(
         high=jnp.where(inside, state.high, np.asarray(problem.end, state.high.dtype)),
         above=jnp.where(inside, state.above, state.size),
     )
-    found = _guess_each(_turn_to_ties(found))
+    found = _guess_each(_settle(found))
     return jax.tree.map(lambda a, b: jnp.where(still, a, b), looking, found), still
 
 
@@ -350,16 +352,16 @@ def _whole_leaves(leaves: Sequence[jax.Array]) -> _Problem:
     sizes = np.array([leaf.size for leaf in leaves])
 
     def count(views):
-        return jnp.stack([_count(v, tuple(range(v.ndim))).reshape(()) for v in views])
+        return jnp.stack([_counting.count(v, tuple(range(v.ndim))).reshape(()) for v in views])
 
-    indices = [_indices(leaf.shape, tuple(range(leaf.ndim))) for leaf in leaves]
+    indices = [_counting.indices(leaf.shape, tuple(range(leaf.ndim))) for leaf in leaves]
     return _problem(leaves, indices, sizes, list, count)
 
 
 def _slices(leaf: jax.Array, axes: tuple[int, ...]) -> _Problem:
     size = math.prod(leaf.shape[axis] for axis in axes)
-    index = _indices(leaf.shape, axes)
-    return _problem((leaf,), [index], size, _alone, lambda views: _count(views[0], axes))
+    index = _counting.indices(leaf.shape, axes)
+    return _problem((leaf,), [index], size, _alone, lambda views: _counting.count(views[0], axes))
 
 
 def _alone(state: jax.Array) -> list[jax.Array]:
@@ -374,85 +376,3 @@ def _problem(leaves, indices, sizes, split, count) -> _Problem:
     wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
     end = (((1 << (64 if wide else 32)) - 2) >> grain) + 1
     return _Problem(tuple(leaves), tuple(indices), sizes, end, grain, split, count)
-
-
-def _order(x: jax.Array, dtype: Any) -> jax.Array:
-    """Unsigned keys, smaller for larger scores; both zeros are one key, NaN is the largest."""
-    wide = jnp.dtype(dtype) == jnp.uint64
-    bits = lax.bitcast_convert_type(x.astype(jnp.float64 if wide else jnp.float32), dtype)
-    sign = np.asarray(1 << (63 if wide else 31), dtype)
-    infinity = np.asarray(0x7FF << 52 if wide else 0xFF << 23, dtype)
-    last = np.asarray((1 << (64 if wide else 32)) - 2, dtype)
-    bits = jnp.where(bits == sign, np.zeros((), dtype), bits)
-    key = jnp.where(bits < sign, (sign - np.ones((), dtype)) - bits, bits)
-    return jnp.where((bits & ~sign) > infinity, last, key)
-
-
-def _kept(order: jax.Array, index: jax.Array, key: jax.Array, end: jax.Array) -> jax.Array:
-    """What the cut (key, end) keeps."""
-    return (order < key) | ((order == key) & (index.astype(end.dtype) < end))
-
-
-def _indices(shape: tuple[int, ...], axes: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """The position of every entry within its slice along ``axes``, in that order of axes."""
-
-    def build(zero):
-        index, stride = jnp.broadcast_to(zero, shape), 1
-        for axis in reversed(axes):
-            index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-            stride *= shape[axis]
-        return index
-
-    return build
-
-
-def _count(view: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sum a view of bytes (0 or 1) over ``axes``, exactly, keeping them with size 1."""
-    plan = None if _explicitly_sharded(view) else _byte_plan(view.shape, axes)
-    if plan is None:
-        return _count_words(view, axes)
-    return lax.platform_dependent(
-        view,
-        cpu=lambda v: _count_bytes(v, axes, plan),
-        default=lambda v: _count_words(v, axes),
-    )
-
-
-def _count_words(view: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(view, axes, dtype=jnp.uint32, keepdims=True)
-
-
-def _count_bytes(view: jax.Array, axes: tuple[int, ...], plan: tuple[int, int, int]) -> jax.Array:
-    """Sum up to 255 bytes as bytes first: on a CPU only sums of one type vectorise."""
-    axis, rows, minor = plan
-    shape = view.shape
-    split = (*shape[:axis], shape[axis] // (rows * minor), rows, minor, *shape[axis + 1 :])
-    partial = lax.reduce(view.reshape(split), np.uint8(0), lax.add, (axis + 1,))
-    others = (a if a < axis else a + 1 for a in axes if a != axis)
-    over = (*others, axis, axis + 1)
-    sums = jnp.sum(partial, over, dtype=jnp.uint32)
-    return sums.reshape([1 if a in axes else n for a, n in enumerate(shape)])
-
-
-def _byte_plan(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Which axis to split into (rest, rows, minor) so that summing over rows is wide and exact."""
-    best = None
-    for axis in axes:
-        last = axis == len(shape) - 1
-        minor = _divisor(shape[axis], 512) if last and len(axes) == len(shape) else 1
-        if minor == shape[axis] and last:
-            minor = 1
-        rows = _divisor(shape[axis] // minor, _ROWS)
-        if rows >= 4 and (best is None or rows > best[1]):
-            best = (axis, rows, minor)
-    return best
-
-
-def _divisor(n: int, most: int) -> int:
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
-
-
-def _explicitly_sharded(x: jax.Array) -> bool:
-    """Whether the type of ``x`` says how it is sharded, so that reshapes of it are restricted."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(part is not None for part in sharding.spec)

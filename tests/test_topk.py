@@ -1,0 +1,143 @@
+"""Exact selection against a stable NumPy sort."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxprune import _counting, _exact, _topk
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
+KINDS = ["normal", "ties", "special", "constant", "subnormal", "wide"]
+SHAPES = ((7, 9), (64, 32), (3, 3, 8, 4), (50,))
+
+
+def scores(shape, dtype, kind, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape)
+    if kind == "ties":
+        x = np.round(x * 2)
+    if kind == "special":
+        odd = [np.nan, np.inf, -np.inf, 0.0, -0.0]
+        x.reshape(-1)[rng.integers(0, x.size, x.size // 2)] = rng.choice(odd, x.size // 2)
+    if kind == "constant":
+        x = np.full(shape, -0.5)
+    if kind == "subnormal":
+        x = x * 1e-40
+    if kind == "wide":
+        x = x * 10.0 ** rng.uniform(-44, 37, shape)
+    return jnp.asarray(x.astype(np.float32)).astype(dtype)
+
+
+def oracle(leaf, keep):
+    """The ``keep`` largest: zeros equal, NaN last, ties by index."""
+    x = np.asarray(leaf.astype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)).ravel()
+    best = np.lexsort((np.arange(x.size), -np.where(np.isnan(x), 0, x), np.isnan(x)))[:keep]
+    mask = np.zeros(x.size, bool)
+    mask[best] = True
+    return mask.reshape(leaf.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_of_each_leaf(dtype, kind):
+    leaves = [scores(shape, dtype, kind, i) for i, shape in enumerate(SHAPES)]
+    rng = np.random.default_rng(0)
+    for case in range(4):
+        keep = [[0, leaf.size, 1, int(rng.integers(0, leaf.size))][case] for leaf in leaves]
+        for leaf, k, mask in zip(leaves, keep, _topk.top(leaves, keep), strict=True):
+            np.testing.assert_array_equal(mask, oracle(leaf, k))
+
+
+def test_leaves_of_different_types_are_searched_together():
+    leaves = [scores(s, d, "ties", 3) for s, d in zip(SHAPES, [*DTYPES, jnp.float32], strict=True)]
+    for leaf, mask in zip(leaves, _topk.top(leaves, [5, 100, 9, 50]), strict=True):
+        np.testing.assert_array_equal(mask, oracle(leaf, int(mask.sum())))
+    assert [int(mask.sum()) for mask in _topk.top(leaves, [5, 100, 9, 50])] == [5, 100, 9, 50]
+
+
+@given(st.data())
+def test_top_of_any_shape(data):
+    shape = data.draw(st.sampled_from([(1,), (13,), (5, 1), (4, 6), (2, 3, 5), (256, 3)]))
+    kind = data.draw(st.sampled_from(KINDS))
+    leaf = scores(shape, data.draw(st.sampled_from(DTYPES)), kind, data.draw(st.integers(0, 999)))
+    keep = data.draw(st.integers(0, leaf.size))
+    np.testing.assert_array_equal(_topk.top([leaf], [keep])[0], oracle(leaf, keep))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_of_doubles(kind):
+    with jax.enable_x64(True):
+        for seed in range(3):
+            leaf = jnp.asarray(np.asarray(scores((40, 5), jnp.float32, kind, seed), np.float64))
+            leaf = jnp.where(leaf > 0, leaf * np.float64(1 + 2.0**-40), leaf)
+            for keep in (0, 1, 77, 200):
+                np.testing.assert_array_equal(_topk.top([leaf], [keep])[0], oracle(leaf, keep))
+
+
+@pytest.mark.parametrize("floors", [(0, 0, 0, 0), (3, 1, 2, 20)])
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "wide"])
+def test_top_of_all_leaves_together(kind, floors):
+    dtypes = (jnp.float32, jnp.float32, jnp.float16, jnp.bfloat16)
+    leaves = [scores(s, d, kind, 5) for s, d in zip(SHAPES, dtypes, strict=True)]
+    first = [oracle(leaf, floor) for leaf, floor in zip(leaves, floors, strict=True)]
+    must = np.concatenate([mask.ravel() for mask in first])
+    flat = np.concatenate([np.asarray(leaf.astype(jnp.float32)).ravel() for leaf in leaves])
+    ranked = np.lexsort((np.arange(flat.size), -flat, ~must))
+    search = partial(_topk.top_shared, leaves, costs=(1,) * 4, floors=floors)
+    for budget in (26, 100, 1000, ranked.size - 1, ranked.size):
+        want = np.zeros(ranked.size, bool)
+        want[ranked[:budget]] = True
+        masks, counts = search(_exact.constant(budget, 2))
+        np.testing.assert_array_equal(np.concatenate([m.ravel() for m in masks]), want)
+        assert [int(m.sum()) for m in masks] == [int(k) for k in counts]
+        _, alone = search(_exact.constant(budget, 2), counts_only=True)
+        assert [int(k) for k in alone] == [int(k) for k in counts]
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)])
+def test_top_of_every_slice(axes):
+    leaf = scores((5, 32, 8), jnp.float32, "ties", 1)
+    one = [1 if a in axes else n for a, n in enumerate(leaf.shape)]
+    length = int(np.prod([leaf.shape[a] for a in axes]))
+    keep = np.random.default_rng(2).integers(0, length + 1, one)
+    found = np.asarray(_topk.top_slices(leaf, jnp.asarray(keep, jnp.int32), axes=axes))
+    order = [a for a in range(3) if a not in axes] + list(axes)
+    slices, masks, counts = (
+        np.transpose(np.asarray(x), order).reshape(-1, n)
+        for x, n in ((leaf, length), (found, length), (keep, 1))
+    )
+    for row, mask, k in zip(slices, masks, counts[:, 0], strict=True):
+        np.testing.assert_array_equal(mask, oracle(jnp.asarray(row), int(k)))
+
+
+@given(st.integers(0, 999), st.integers(0, 60))
+def test_units_of_several_weights_never_exceed(seed, keep):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 5, (3, 5)).astype(np.uint32)
+    leaf = scores((3, 5), jnp.float32, "ties", seed)
+    ranked = np.argsort(-np.asarray(leaf).ravel(), kind="stable")
+    fits = ranked[np.cumsum(sizes.ravel()[ranked]) <= keep]
+    want = np.zeros(15, bool)
+    want[fits] = True
+    np.testing.assert_array_equal(
+        _topk.top_units(leaf, jnp.asarray(sizes), jnp.int32(keep)), want.reshape(3, 5)
+    )
+
+
+@pytest.mark.parametrize("shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (8, 255), (1000, 3)])
+def test_every_way_of_counting_counts(shape):
+    """The variants that a CPU and an accelerator take, both run here."""
+    view = jnp.asarray(np.random.default_rng(0).integers(0, 2, shape), jnp.uint8)
+    for axes in [tuple(range(len(shape))), (0,), (len(shape) - 1,)]:
+        want = np.asarray(view).sum(axes, keepdims=True, dtype=np.uint32)
+        np.testing.assert_array_equal(_counting.count(view, axes), want)
+        np.testing.assert_array_equal(_counting.count_words(view, axes), want)
+        plan = _counting.byte_plan(shape, axes)
+        if plan is not None:
+            np.testing.assert_array_equal(_counting.count_bytes(view, axes, plan), want)
+    assert _counting.byte_plan((4096,), (0,)) is not None
