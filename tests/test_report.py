@@ -1,0 +1,78 @@
+"""Reports say what was asked for and what was reached."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+
+PARAMS = {
+    "a": {"kernel": jnp.ones((10, 10)), "bias": jnp.ones(10)},
+    "b": {"kernel": jnp.ones((5, 20))},
+}
+
+
+def trained(tx, params=PARAMS):
+    _, state = tx.update(params, tx.init(params), params)
+    return state
+
+
+def test_table_numbers_and_html():
+    tx = jp.prune_gradually(optax.sgd(0.0), 0.9, when=jp.every(1))
+    report = jp.summarize(PARAMS, trained(tx))
+    assert (report.kept, report.size, report.others) == (20, 200, 10)
+    assert report.requested == pytest.approx(0.9)
+    numbers = report.as_dict()
+    assert numbers["sparsity/a/kernel"] == pytest.approx(0.9)
+    assert {"sparsity", "kept", "size", "requested"} < set(numbers)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["leaf", "shape", "kept", "size", "sparsity"]
+    assert lines[-1].endswith("asked for 90.0000%; 10 weights not governed")
+    assert report._repr_html_().count("<tr>") == 4
+    assert [row.path for row in report.leaves] == ["a/kernel", "b/kernel"]
+
+
+def test_floors_and_ties_are_pointed_out():
+    leaf = jnp.ones((4, 4))
+    report = jp.summarize({"x": {"kernel": leaf}, "y": {"kernel": leaf}})
+    assert "same array as x/kernel" in str(report)
+    tx = jp.prune_gradually(optax.sgd(0.0), 1.0, when=jp.every(1))
+    report = jp.summarize(PARAMS, trained(tx))
+    assert str(report).count("at its floor") == 2
+    assert report.kept == 2
+
+
+def test_masks_of_nested_and_partitioned_states():
+    first = jp.prune_gradually(
+        optax.sgd(0.1), 0.5, when=jp.every(1), prunable=jp.matching("a/kernel")
+    )
+    second = jp.prune_gradually(
+        optax.sgd(0.1, momentum=0.9), 0.8, when=jp.every(1), prunable=jp.matching("b/kernel"), packed=True
+    )
+    tx = optax.partition(
+        {"a": first, "b": second},
+        {"a": {"kernel": "a", "bias": "a"}, "b": {"kernel": "b"}},
+    )
+    masks = jp.get_masks(trained(optax.chain(optax.clip(1.0), tx)), PARAMS)
+    assert int(masks["a"]["kernel"].sum()) == 50
+    assert int(masks["b"]["kernel"].sum()) == 20
+    assert masks["a"]["bias"] is None
+
+
+def test_a_chain_keeps_what_both_keep():
+    rng = np.random.default_rng(0)
+    one, two = (
+        {"a": {"kernel": jnp.asarray(rng.random((10, 10)) < 0.5), "bias": None}, "b": {"kernel": k}}
+        for k in (None, jnp.ones((5, 20), bool))
+    )
+    tx = optax.chain(jp.keep_params_masked(one), jp.keep_params_masked(two))
+    masks = jp.get_masks(tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(masks["a"]["kernel"], one["a"]["kernel"] & two["a"]["kernel"])
+    assert int(masks["b"]["kernel"].sum()) == 100
+
+
+def test_masks_by_name_in_our_own_state():
+    tx = jp.prune_gradually(optax.sgd(0.1), 0.5, when=jp.every(1))
+    state = trained(tx)
+    assert optax.tree.get(state, "masks") is state.masks
