@@ -192,7 +192,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
         states = list(_pruning_states(masks))
         if states:
             known = [float(_value(s.sparsity)) for s in states if isinstance(s, PruningState)]
-            requested = known[0] if len(known) == 1 else None
+            requested = known[0] if len(known) == 1 and not math.isnan(known[0]) else None
             masks = get_masks(masks, params)
     _tree.check_masks(masks, params)
     rows: list[LeafSummary] = []

@@ -48,7 +48,11 @@ def test_masks_of_nested_and_partitioned_states():
         optax.sgd(0.1), 0.5, when=jp.every(1), prunable=jp.matching("a/kernel")
     )
     second = jp.prune_gradually(
-        optax.sgd(0.1, momentum=0.9), 0.8, when=jp.every(1), prunable=jp.matching("b/kernel"), packed=True
+        optax.sgd(0.1, momentum=0.9),
+        0.8,
+        when=jp.every(1),
+        prunable=jp.matching("b/kernel"),
+        packed=True,
     )
     tx = optax.partition(
         {"a": first, "b": second},

@@ -18,7 +18,7 @@ class PruningState(NamedTuple):
     Attributes:
       step: updates done so far, int32.
       masks: bool like the parameters (uint8 if packed), ``None`` where not governed.
-      sparsity: the fraction last asked for, float32.
+      sparsity: the fraction last asked for, float32; NaN where a threshold decides.
       pending: whether a mask update met NaN and is to be tried again.
       inner_state: of the wrapped optimizer.
     """

@@ -10,7 +10,7 @@ import optax
 from jaxprune import _checks, _tree
 from jaxprune._tree import kernels
 from jaxprune._typing import Prunable, Saliency, Trigger
-from jaxprune.masks import axis_tree, density, mask_threshold, mask_topk, resolve_axes
+from jaxprune.masks import axis_tree, mask_threshold, mask_topk, resolve_axes
 from jaxprune.saliency.weights import gradient_magnitude
 from jaxprune.transforms._driver import shrinking
 
@@ -70,7 +70,7 @@ def prune_below(
         best = _best(live, min_keep, axes)
         # Where nothing was ever kept there is nothing to save.
         new = _tree.map_governed(lambda k, b, m: (k | b) & m, kept, best, old)
-        return new, 1.0 - density(new)
+        return new, jnp.asarray(jnp.nan, jnp.float32)  # no sparsity was asked for
 
     return shrinking(inner, remask, when=when, saliency=saliency, prunable=prunable)
 

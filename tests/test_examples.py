@@ -1,0 +1,37 @@
+"""The examples run, at small size, as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def example(name, *args):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    out = example("quickstart", "--epochs", 4, "--sparsity", 0.8, "--seed", 3, "--out", tmp_path)
+    assert "80.0" in out
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+def test_gradient_threshold():
+    out = example("gradient_threshold", "--epochs", 6, "--threshold", 0.3, "--patience", 2)
+    assert "masks unchanged for 2 epochs" in out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gradient_threshold"])
+def test_help(name):
+    assert "--seed" in example(name, "--help")
