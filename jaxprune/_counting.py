@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import _placement
+
 _ROWS = 64  # bytes summed before widening: at most 255, and few enough to divide sharded axes
 
 
@@ -44,7 +46,7 @@ def indices(shape: tuple[int, ...], axes: tuple[int, ...]) -> Callable[[jax.Arra
 
 def count(view: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sum a view of bytes (0 or 1) over ``axes``, exactly, keeping them with size 1."""
-    plan = None if _explicitly_sharded(view) else byte_plan(view.shape, axes)
+    plan = None if _placement.explicitly_sharded(view) else byte_plan(view.shape, axes)
     if plan is None:
         return count_words(view, axes)
     return lax.platform_dependent(
@@ -86,9 +88,3 @@ def byte_plan(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, 
 
 def _divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
-
-
-def _explicitly_sharded(x: jax.Array) -> bool:
-    """Whether the type of ``x`` says how it is sharded, so that reshapes of it are restricted."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(part is not None for part in sharding.spec)

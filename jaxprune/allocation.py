@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _exact, _topk, _tree
+from jaxprune import _checks, _exact, _placement, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
 _FRACTION_LIMBS = 2  # Webster's multiplier has 32 fractional bits, so weights stay below 2^32
@@ -147,7 +147,8 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
     Reference:
       Lee, Park, Mo, Ahn, Shin. Layer-adaptive sparsity for the Magnitude-based Pruning, 2021.
     """
-    return allocate_global(_tree.map_governed(_lamp, scores), sparsity, min_keep=min_keep)
+    shares = _tree.map_governed(lambda s: _placement.call_in_auto(_lamp, s), scores)
+    return allocate_global(shares, sparsity, min_keep=min_keep)
 
 
 def shared_selection(
@@ -305,4 +306,4 @@ def _lamp(leaf: jax.Array) -> jax.Array:
     """The LAMP score of every weight, in descending order, which is all that counts need."""
     wide = _tree.widen(leaf)
     energy = jnp.square(jnp.sort(jnp.maximum(wide, 0), axis=None, descending=True))
-    return jnp.where(energy > 0, energy / jnp.cumsum(energy), energy)
+    return jnp.where(energy > 0, energy / jnp.cumsum(energy), energy).reshape(leaf.shape)

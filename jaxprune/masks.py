@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _checks, _exact, _topk, _tree, allocation
+from jaxprune import _checks, _exact, _sums, _topk, _tree, allocation
 from jaxprune._typing import Allocation, Counts, Masking, Masks, Params, PyTree, Scores
 
 
@@ -77,7 +77,7 @@ def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks
     def above(path, leaf, over):
         wide = _tree.widen(leaf)
         if over is not None:
-            wide = jnp.sum(wide, resolve_axes(path, leaf, over), keepdims=True)
+            wide = _sums.reproducible_sum(wide, resolve_axes(path, leaf, over))
         return jnp.broadcast_to(wide > jnp.asarray(threshold).astype(wide.dtype), leaf.shape)
 
     if axes is None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _topk, _tree
+from jaxprune import _placement, _sums, _topk, _tree
 from jaxprune._typing import Counts, Masks, Scores
 from jaxprune.masks import axis_tree, mask_topk, resolve_axes
 
@@ -50,7 +50,7 @@ def mask_n_m(scores: Scores, n: int, m: int, *, axis: Any) -> Masks:
                 f"{path}: {m} does not divide the {length} entries along axes {axes} of shape "
                 f"{leaf.shape}; choose another m or axis, or leave the leaf out with prunable"
             )
-        return _n_of_m(leaf, n, m, axes)
+        return _placement.call_in_auto(lambda leaf: _n_of_m(leaf, n, m, axes), leaf)
 
     _check(scores)
     return _tree.map_governed_with_path(mask, scores, axis_tree(scores, axis))
@@ -87,9 +87,12 @@ def mask_groups(scores: Scores, keep: Counts, *, axes: Any) -> Masks:
     def mask(path, leaf, k, along):
         over = resolve_axes(path, leaf, along)
         unit = math.prod(leaf.shape[a] for a in over)
-        means = jnp.mean(_tree.widen(leaf), over, keepdims=True)
-        kept = mask_topk(means, jnp.asarray(k).astype(jnp.int32) // unit)
-        return jnp.broadcast_to(kept, leaf.shape)
+
+        def slices(leaf, k):
+            sums = _sums.reproducible_sum(leaf, over)
+            return jnp.broadcast_to(mask_topk(sums, k // unit), leaf.shape)
+
+        return _placement.call_in_auto(slices, leaf, jnp.asarray(k).astype(jnp.int32))
 
     _check(scores)
     return _tree.map_governed_with_path(mask, scores, keep, axis_tree(scores, axes))
@@ -135,12 +138,16 @@ def mask_blocks(scores: Scores, keep: Counts, *, block: Any, axes: Any = (-2, -1
                 "choose a smaller block or other axes, or leave the leaf out with prunable"
             )
         size = dict(zip(over, pair, strict=True))
-        sums, counts = _block_sums(leaf, size), _block_sizes(leaf.shape, size)
-        kept = _topk.top_units(sums / counts.astype(sums.dtype), counts, jnp.asarray(k))
-        for axis, step in size.items():
-            kept = jnp.repeat(kept, step, axis, total_repeat_length=kept.shape[axis] * step)
-            kept = jax.lax.slice_in_dim(kept, 0, leaf.shape[axis], axis=axis)
-        return kept
+
+        def blocks(leaf, k):
+            sums, counts = _block_sums(leaf, size), _block_sizes(leaf.shape, size)
+            kept = _topk.top_units(sums / counts.astype(sums.dtype), counts, k)
+            for axis, step in size.items():
+                kept = jnp.repeat(kept, step, axis, total_repeat_length=kept.shape[axis] * step)
+                kept = jax.lax.slice_in_dim(kept, 0, leaf.shape[axis], axis=axis)
+            return kept
+
+        return _placement.call_in_auto(blocks, leaf, jnp.asarray(k))
 
     _check(scores)
     return _tree.map_governed_with_path(mask, scores, keep, axis_tree(scores, axes))
@@ -156,7 +163,8 @@ def _block_sums(leaf: jax.Array, size: dict[int, int]) -> jax.Array:
         step = size.get(axis, 1)
         inner.append(len(split) + 1)
         split += [n // step, step]
-    return jnp.sum(wide.reshape(split), tuple(inner))
+    sums = _sums.reproducible_sum(wide.reshape(split), tuple(inner))
+    return sums.reshape(split[::2])
 
 
 def _block_sizes(shape: tuple[int, ...], size: dict[int, int]) -> np.ndarray:

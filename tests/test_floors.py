@@ -11,6 +11,8 @@ FLOORS = {
     "_tree": 0,
     "_checks": 0,
     "_counting": 0,
+    "_placement": 0,
+    "_sums": 0,
     "_exact": 0,
     "_topk": 0,
     "_jaxpr": 0,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import _tree
+from jaxprune._placement import placed_like
 from jaxprune._typing import Params, Scores
 
 
@@ -135,7 +136,9 @@ def random_saliency(
     order = iter(range(len(_tree.leaves_with_paths(params))))
     numbers = jax.tree.map(lambda _: next(order), params, is_leaf=_tree.is_none)
     return _map(
-        lambda w, i: jax.random.uniform(jax.random.fold_in(key, i), w.shape, jnp.float32),
+        lambda w, i: placed_like(
+            jax.random.uniform(jax.random.fold_in(key, i), w.shape, jnp.float32), w
+        ),
         params,
         numbers,
     )

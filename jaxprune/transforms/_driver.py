@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import _tree
+from jaxprune._placement import placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, where_kept
 
@@ -102,7 +103,7 @@ def starting_masks(params: Params, prunable: Prunable, masks: Masks | None = Non
     """All kept where governed, or a copy of the given masks, which must agree with ``prunable``."""
     governed = _tree.select(params, prunable)
     if masks is None:
-        return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), governed)
+        return jax.tree.map(lambda p: placed_like(jnp.ones(jnp.shape(p), bool), p), governed)
     _tree.check_masks(masks, params)
     pairs = zip(_tree.leaves_with_paths(governed), _tree.leaves_with_paths(masks), strict=True)
     for (path, leaf), (_, mask) in pairs:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import _checks, _tree
+from jaxprune import _checks, _sums, _tree
 from jaxprune._tree import kernels
 from jaxprune._typing import Prunable, Saliency, Trigger
 from jaxprune.masks import axis_tree, mask_threshold, mask_topk, resolve_axes
@@ -82,7 +82,7 @@ def _best(scores, min_keep: int, axes: Any):
         if along is None:
             return mask_topk(leaf, min(min_keep, leaf.size))
         over = resolve_axes(path, leaf, along)
-        sums = jnp.sum(leaf, over, keepdims=True)
+        sums = _sums.reproducible_sum(leaf, over)
         slices = -(-min_keep * sums.size // leaf.size)
         return jnp.broadcast_to(mask_topk(sums, min(slices, sums.size)), leaf.shape)
 

@@ -1,0 +1,29 @@
+"""How arrays lie on devices, under Auto and Explicit mesh axes alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def explicitly_sharded(x: Any) -> bool:
+    """Whether the type of ``x`` says how it is sharded, so that reshapes of it are restricted."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding is not None and any(part is not None for part in sharding.spec)
+
+
+def placed_like(x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """``x``, which does not depend on ``leaf``, sharded as the floating ``leaf`` is."""
+    if explicitly_sharded(leaf):
+        return jax.sharding.reshard(x, jax.typeof(leaf).sharding)
+    # Auto axes have no name for a sharding: it spreads along elementwise operations.
+    return jnp.where(leaf == leaf, x, lax.optimization_barrier(x))
+
+
+def call_in_auto(f: Callable[..., jax.Array], leaf: jax.Array, *rest: Any) -> jax.Array:
+    """``f(leaf, *rest)``, shaped like ``leaf``, with all mesh axes Auto while it runs."""
+    if not explicitly_sharded(leaf):
+        return f(leaf, *rest)
+    return jax.sharding.auto_axes(f, out_sharding=jax.typeof(leaf).sharding)(leaf, *rest)

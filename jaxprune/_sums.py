@@ -1,0 +1,52 @@
+"""Sums that do not depend on the order of summation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import _tree
+
+_WANTED_BITS = {jnp.dtype(jnp.float32): 36, jnp.dtype(jnp.float64): 72}
+
+
+def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The sum over ``axes``, kept with size 1: the same bits on one device and on many.
+
+    Scores are cut into integer digits relative to the largest, wide enough for at least 36 bits
+    (72 in float64) below it, and digits are added as integers. Powers of two scale through exactly.
+    Reference: Demmel, Nguyen. Parallel Reproducible Summation, 2015.
+    """
+    x = _tree.widen(x)
+    whole = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    terms = math.prod(x.shape[axis] for axis in axes)
+    digit = np.iinfo(whole).bits - 2 - max(0, terms - 1).bit_length()
+    if digit < 2:
+        raise ValueError(f"a slice of shape {x.shape} along axes {axes} has too many weights")
+    finite = jnp.isfinite(x)
+    rest = jnp.where(finite, x, jnp.zeros((), x.dtype))
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(rest)))
+    rest = _times_power(rest, -exponent)
+    sums = []
+    for _ in range(max(2, -(-_WANTED_BITS[x.dtype] // digit))):
+        rest = rest * np.asarray(2.0**digit, x.dtype)
+        digits = jnp.trunc(rest)
+        rest = rest - digits
+        sums.append(jnp.sum(digits.astype(whole), axes, keepdims=True))
+    total = jnp.zeros((), x.dtype)
+    for place in reversed(range(len(sums))):
+        unit = np.asarray(2.0 ** -(digit * (place + 1)), x.dtype)
+        total = total + sums[place].astype(x.dtype) * unit
+    infinite = jnp.sum(jnp.where(finite, jnp.zeros((), x.dtype), x), axes, keepdims=True)
+    return _times_power(total, exponent) + infinite
+
+
+def _times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x 2^exponent in two steps, since one power of two may be out of range where x is not."""
+    bits, mantissa, bias = (64, 52, 1023) if x.dtype == jnp.float64 else (32, 23, 127)
+    half = exponent // 2
+    for part in (half, exponent - half):
+        biased = (part + bias).astype(f"uint{bits}") << mantissa
+        x = x * jax.lax.bitcast_convert_type(biased, x.dtype)
+    return x

@@ -1,0 +1,145 @@
+"""Masks of sharded scores equal one device's, and what crosses the wire does not grow."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import ALLOCATIONS, KEY
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+
+DTYPE_PROMOTION = "standard"  # optax promotes
+SPECS = {
+    "rows": P("x", None),
+    "columns": P(None, "y"),
+    "both": P("x", "y"),
+    "joint": P(("x", "y"), None),
+    "none": P(None, None),
+}
+
+
+def mesh(kind):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {"kernel": rng.normal(size=(64, 48)).round(1).astype(np.float32)} for name in SPECS
+    }
+
+
+def place(values, where):
+    return {
+        name: jax.device_put(leaf, NamedSharding(where, SPECS[name]))
+        for name, leaf in values.items()
+    }
+
+
+def sharded(values, where):
+    return {
+        name: {"kernel": jax.device_put(leaf["kernel"], NamedSharding(where, SPECS[name]))}
+        for name, leaf in values.items()
+    }
+
+
+def same_sharding(masks, params):
+    def check(mask, param):
+        assert mask.sharding.is_equivalent_to(param.sharding, mask.ndim), (mask.sharding, param)
+
+    jax.tree.map(check, masks, params)
+
+
+MAKERS = {
+    **{
+        f"topk_{name}": lambda s, allocate=allocate: jp.mask_topk(s, allocate(s, 0.8))
+        for name, allocate in ALLOCATIONS.items()
+    },
+    "slices": lambda s: jp.mask_topk(s, jp.allocate_uniform(s, 0.8), axis=0),
+    "groups": lambda s: jp.mask_groups(s, jp.allocate_uniform(s, 0.8), axes=0),
+    "blocks": lambda s: jp.mask_blocks(s, jp.allocate_uniform(s, 0.8), block=4),
+    "n_m": lambda s: jp.mask_n_m(s, 2, 4, axis=0),
+    "threshold": lambda s: jp.mask_threshold(s, 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_masks_equal_one_device(maker, kind):
+    values, where = tree(), mesh(kind)
+    want = jax.jit(MAKERS[maker])(jax.tree.map(jnp.asarray, values))
+    with jax.sharding.set_mesh(where):
+        params = sharded(values, where)
+        found = jax.jit(MAKERS[maker])(params)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+def collectives(text):
+    """``(name, bytes)`` of every collective in a compiled program."""
+    sizes = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u32": 4, "s32": 4, "f32": 4}
+    pattern = r"= (.*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\("
+    found = []
+    for shapes, name in re.findall(pattern, text):
+        total = sum(
+            sizes.get(kind, 8) * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        )
+        found.append((name, total))
+    return found
+
+
+TRANSFORMS = {
+    "gradual_global": lambda: jp.prune_gradually(
+        optax.adam(1e-2), 0.8, when=jp.every(1), allocate=jp.allocate_global
+    ),
+    "gradual_packed": lambda: jp.prune_gradually(
+        optax.adam(1e-2), 0.8, when=jp.every(1), packed=True
+    ),
+    "below": lambda: jp.prune_below(optax.adam(1e-2), 0.5, when=jp.every(1)),
+    "rigl": lambda: jp.rigl(optax.adam(1e-2), 0.8, drop_fraction=0.3, when=jp.every(1), key=KEY),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("method", TRANSFORMS)
+def test_training_keeps_shardings_and_sends_little(method, kind):
+    tx, values, where = TRANSFORMS[method](), tree(), mesh(kind)
+    with jax.sharding.set_mesh(where):
+        params, grads = sharded(values, where), sharded(tree(1), where)
+        state = jax.jit(tx.init)(params)
+        if not method.endswith("packed"):
+            same_sharding(jp.get_masks(state, params), params)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        compiled = step.lower(params, state).compile()
+        new, state = step(params, state)
+        same_sharding(new, params)
+        if not method.endswith("packed"):
+            same_sharding(jp.get_masks(state, params), params)
+    leaf = 64 * 48
+    for name, size in collectives(compiled.as_text()):
+        assert size < leaf, (name, size)
+
+
+def test_inside_shard_map_every_shard_is_on_its_own():
+    where = mesh(AxisType.Auto)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32))
+
+    def local(shard):
+        return jp.mask_topk({"w": shard}, {"w": 10})["w"]
+
+    spread = jax.shard_map(local, mesh=where, in_specs=P("x", "y"), out_specs=P("x", "y"))
+    blocks = np.asarray(jax.jit(spread)(scores)).reshape(4, 16, 2, 24).swapaxes(1, 2)
+    for i in range(4):
+        for j in range(2):
+            want = local(scores[16 * i : 16 * (i + 1), 24 * j : 24 * (j + 1)])
+            np.testing.assert_array_equal(blocks[i, j], want)
