@@ -149,7 +149,7 @@ class _Problem(NamedTuple):
             at=low,
             rose=zero > 0,
             widths=(low, low, low),
-            step=jnp.sum(zero).astype(jnp.int32),
+            step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
             views=views,
         )
 

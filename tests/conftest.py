@@ -18,3 +18,14 @@ def strict_dtypes(request):
     """Implicit dtype promotion raises, but in modules that run optimizers which rely on it."""
     with jax.numpy_dtype_promotion(getattr(request.module, "DTYPE_PROMOTION", "strict")):
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every method with every optimizer")
+
+
+def pytest_generate_tests(metafunc):
+    if {"method", "optimizer"} <= set(metafunc.fixturenames):
+        from cases import pairs
+
+        metafunc.parametrize(("method", "optimizer"), pairs(metafunc.config.getoption("full")))
