@@ -25,7 +25,12 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    if {"method", "optimizer"} <= set(metafunc.fixturenames):
-        from cases import pairs
+    if "optimizer" in metafunc.fixturenames:
+        from cases import REGROWING, pairs
 
-        metafunc.parametrize(("method", "optimizer"), pairs(metafunc.config.getoption("full")))
+        swept = pairs(metafunc.config.getoption("full"))
+        if "regrower" in metafunc.fixturenames:
+            swept = [(method, optimizer) for method, optimizer in swept if method in REGROWING]
+            metafunc.parametrize(("regrower", "optimizer"), swept)
+        else:
+            metafunc.parametrize(("method", "optimizer"), swept)

@@ -109,6 +109,7 @@ def masked_training(
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
         old = unpack_masks(state.masks, params) if packed else state.masks
+        _tree.check_like("the state's masks", old, params)
         governed = _tree.map_governed(lambda _, p: p, old, params)
         dense = _tree.map_governed(lambda _, g: g, old, updates)
         before = (old, state.sparsity, state.pending)

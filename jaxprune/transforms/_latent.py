@@ -85,6 +85,7 @@ def latent_training(
 
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
+        _tree.check_like("the state's masks", state.masks, params)
         dense, reach = state.dense
         everything = _put(dense, params)
         trained = reach if backward is not None else jax.tree.map(jnp.ones_like, state.masks)
