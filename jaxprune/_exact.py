@@ -1,8 +1,8 @@
 """Exact unsigned integers beyond 32 bits, for totals over many leaves, without 64-bit types.
 
-A number is a uint32 array whose leading axis holds its limbs in base 2^16, the least significant
-first. Products and carries of 16-bit limbs fit in 32 bits, so nothing is ever rounded or lost, and
-a number of weights past 2^31 is counted to the weight whether x64 is on or not.
+A number is a tuple of uint32 arrays, its limbs in base 2^16, the least significant first.
+Products and carries of 16-bit limbs fit in 32 bits, so nothing is ever rounded or lost, and a
+number of weights past 2^31 is counted to the weight whether x64 is on or not.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Limbs = jax.Array
+Limbs = tuple[jax.Array, ...]
 
 _BASE_BITS = 16
 _LOW = np.uint32(0xFFFF)
@@ -23,14 +23,15 @@ _FRACTION_LIMBS = 5  # a float32 below 2^-49 rounds to no weight at all; 80 bits
 def constant(value: int | Sequence[int] | np.ndarray, size: int) -> Limbs:
     """A Python integer, or a vector of them, as ``size`` limbs."""
     values = np.array(value, dtype=object)
-    return jnp.asarray(
-        np.array([values >> (_BASE_BITS * i) & 0xFFFF for i in range(size)], dtype=np.uint32)
+    return tuple(
+        jnp.asarray(np.array(values >> (_BASE_BITS * i) & 0xFFFF, dtype=np.uint32))
+        for i in range(size)
     )
 
 
 def from_uint32(value: jax.Array) -> Limbs:
     """A uint32 array as two limbs."""
-    return jnp.stack([value & _LOW, value >> _BASE_BITS])
+    return value & _LOW, value >> _BASE_BITS
 
 
 def to_uint32(number: Limbs) -> jax.Array:
@@ -40,83 +41,88 @@ def to_uint32(number: Limbs) -> jax.Array:
 
 def to_float(number: Limbs) -> jax.Array:
     """The nearest float32, up to a few units in the last place."""
-    places = np.float32(2.0) ** (_BASE_BITS * np.arange(len(number), dtype=np.float32))
-    return jnp.tensordot(jnp.asarray(places), number.astype(jnp.float32), 1)
+    return sum(
+        limb.astype(jnp.float32) * np.float32(2.0 ** (_BASE_BITS * i))
+        for i, limb in enumerate(number)
+    )  # type: ignore[return-value]
 
 
-def carry(columns: jax.Array) -> Limbs:
+def carry(columns: Sequence[jax.Array]) -> Limbs:
     """Turn columns, each below 2^32 minus its carry, into limbs of as many places."""
-    limbs, over = list[jax.Array](), np.uint32(0)
+    limbs, over = list[jax.Array](), jnp.zeros((), jnp.uint32)
     for column in columns:
         column = column + over
         limbs.append(column & _LOW)
         over = column >> _BASE_BITS
-    return jnp.stack(limbs)
+    return tuple(limbs)
 
 
 def widen(number: Limbs, size: int) -> Limbs:
     """The same number in at least ``size`` limbs."""
-    rows = max(0, size - len(number))
-    return jnp.pad(number, [(0, rows), *((0, 0) for _ in number.shape[1:])])
+    return number + tuple(jnp.zeros_like(number[0]) for _ in range(size - len(number)))
 
 
 def add(a: Limbs, b: Limbs) -> Limbs:
     """a + b, in one limb more than the longer."""
-    a, b = _aligned(a, b, more=1)
-    return carry(a + b)
+    size = max(len(a), len(b)) + 1
+    return carry([x + y for x, y in zip(widen(a, size), widen(b, size), strict=True)])
 
 
 def subtract(a: Limbs, b: Limbs) -> Limbs:
     """a - b for a >= b, in as many limbs as the longer."""
-    a, b = _aligned(a, b)
-    one = np.zeros((len(a), *(1,) * (jnp.ndim(a) - 1)), np.uint32)
-    one[0] = 1
-    return carry(a + (_LOW - b) + one)
+    size = max(len(a), len(b))
+    pairs = zip(widen(a, size), widen(b, size), strict=True)
+    complement = [x + (_LOW - y) for x, y in pairs]
+    return carry([complement[0] + np.uint32(1), *complement[1:]])
 
 
 def multiply(a: Limbs, b: Limbs) -> Limbs:
     """a * b, in ``len(a) + len(b)`` limbs."""
-    a, b = _same_rank(a, b)
-    size = len(a) + len(b)
-    columns = jnp.zeros((size, *np.broadcast_shapes(a.shape[1:], b.shape[1:])), jnp.uint32)
-    for place in range(len(a)):
-        product = a[place : place + 1] * b
-        rest = [(0, 0)] * (product.ndim - 1)
-        columns = columns + jnp.pad(product & _LOW, [(place, size - place - len(b)), *rest])
-        over = size - place - 1 - len(b)
-        columns = columns + jnp.pad(product >> _BASE_BITS, [(place + 1, over), *rest])
+    columns = [jnp.zeros((), jnp.uint32)] * (len(a) + len(b))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            product = x * y
+            columns[i + j] = columns[i + j] + (product & _LOW)
+            columns[i + j + 1] = columns[i + j + 1] + (product >> _BASE_BITS)
     return carry(columns)
 
 
 def less(a: Limbs, b: Limbs) -> jax.Array:
     """Whether a < b."""
-    a, b = _aligned(a, b)
+    size = max(len(a), len(b))
     result = jnp.zeros((), bool)
-    for x, y in zip(a, b, strict=True):
+    for x, y in zip(widen(a, size), widen(b, size), strict=True):
         result = jnp.where(x == y, result, x < y)
     return result
 
 
 def equal(a: Limbs, b: Limbs) -> jax.Array:
     """Whether a == b."""
-    a, b = _aligned(a, b)
-    return jnp.all(a == b, 0)
+    size = max(len(a), len(b))
+    result = jnp.ones((), bool)
+    for x, y in zip(widen(a, size), widen(b, size), strict=True):
+        result = result & (x == y)
+    return result
 
 
 def where(condition: jax.Array, a: Limbs, b: Limbs) -> Limbs:
     """``a`` where the condition holds, else ``b``; both in as many limbs as the longer."""
-    a, b = _aligned(a, b)
-    return jnp.where(condition, a, b)
+    size = max(len(a), len(b))
+    pairs = zip(widen(a, size), widen(b, size), strict=True)
+    return tuple(jnp.where(condition, x, y) for x, y in pairs)
 
 
 def total(number: Limbs) -> Limbs:
     """The sum over the last axis (up to 65,536 entries), in one limb more."""
-    return carry(widen(jnp.sum(number, -1, dtype=jnp.uint32), len(number) + 1))
+    return carry(
+        [*(jnp.sum(limb, -1, dtype=jnp.uint32) for limb in number), jnp.zeros((), jnp.uint32)]
+    )
 
 
 def cumulative(number: Limbs) -> Limbs:
     """The running sum over the last axis, in one limb more."""
-    return carry(widen(jnp.cumsum(number, -1, dtype=jnp.uint32), len(number) + 1))
+    sums = [jnp.cumsum(limb, -1, dtype=jnp.uint32) for limb in number]
+    return carry([*sums, jnp.zeros_like(sums[0])])
 
 
 def minimum(a: Limbs, b: Limbs) -> Limbs:
@@ -149,17 +155,4 @@ def round_product(fraction: Any, n: int | Limbs) -> Limbs:
         whole = jnp.floor(rest)
         digits.append(whole.astype(jnp.uint32))
         rest = (rest - whole) * np.float32(2.0**_BASE_BITS)
-    return round_shift(multiply(n, jnp.stack(digits[::-1])), _FRACTION_LIMBS)
-
-
-def _same_rank(a: Limbs, b: Limbs) -> tuple[Limbs, Limbs]:
-    """Insert axes behind the limbs, so that numbers of different rank broadcast."""
-    rank = max(jnp.ndim(a), jnp.ndim(b))
-    return tuple(  # type: ignore[return-value]
-        jnp.reshape(x, (len(x), *(1,) * (rank - jnp.ndim(x)), *x.shape[1:])) for x in (a, b)
-    )
-
-
-def _aligned(a: Limbs, b: Limbs, *, more: int = 0) -> tuple[Limbs, Limbs]:
-    size = max(len(a), len(b)) + more
-    return _same_rank(widen(a, size), widen(b, size))
+    return round_shift(multiply(n, tuple(reversed(digits))), _FRACTION_LIMBS)

@@ -18,8 +18,8 @@ from jax import lax
 from jaxprune import _checks, _exact, _placement, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
-_FRACTION_LIMBS = 5  # prices of seats have denominators below 2^33 and differ by 2^-66 or more
-_MULTIPLIER_LIMBS = 7
+_FRACTION_LIMBS = 2  # Webster's multiplier has 32 fractional bits, so weights stay below 2^32
+_MULTIPLIER_LIMBS = 4
 
 
 def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
@@ -223,13 +223,16 @@ def _webster(
 ) -> jax.Array:
     """Seats by weight: clip(round(multiplier * weight), floor, cap), with the budget as their sum.
 
-    The multiplier is found bit by bit in fixed point, as the largest that does not overspend. Two
-    prices of a seat, (2k + 1) / (2 weight), differ by more than its last bit or not at all: the
-    leaves that would gain a seat one step further pay the same, and the earlier gain it.
+    The multiplier is found bit by bit in fixed point, as the largest that does not overspend. One
+    step further each leaf gains at most one seat, so the seats left over go to the leaves whose
+    next seat is cheapest, (2k + 1) / (2 weight), the earlier first.
     """
-    price = _exact.constant(np.array(weights, dtype=object), 2)
-    cap = _exact.constant(np.array(caps, dtype=object), 2)
-    floor = jnp.asarray(np.array(floors, np.uint32))
+    width = np.array(weights, dtype=object)
+    price = _exact.constant(width, 2)
+    cap, floor = (
+        _exact.constant(np.array(caps, object), 2),
+        jnp.asarray(np.array(floors, np.uint32)),
+    )
 
     def seats(multiplier):
         wide = _exact.round_shift(_exact.multiply(price, multiplier), _FRACTION_LIMBS)
@@ -238,23 +241,37 @@ def _webster(
     def spent(kept):
         return _exact.total(_exact.from_uint32(kept))
 
-    places = np.arange(_MULTIPLIER_LIMBS, dtype=np.int32)
-
     def try_bit(i, multiplier):
-        bit = np.int32(16 * _MULTIPLIER_LIMBS - 1) - i
-        mine = jnp.uint32(1) << (bit % 16).astype(jnp.uint32)
-        trial = multiplier | jnp.where(places == bit // 16, mine, jnp.uint32(0))
+        bit = 16 * _MULTIPLIER_LIMBS - 1 - i
+        trial = tuple(
+            limb | jnp.where(bit // 16 == place, jnp.uint32(1) << (bit % 16).astype(jnp.uint32), 0)
+            for place, limb in enumerate(multiplier)
+        )
         return _exact.where(_exact.less(budget, spent(seats(trial))), multiplier, trial)
 
-    # Zeros, with the varying axes that the budget has under shard_map.
-    none = jnp.zeros(_MULTIPLIER_LIMBS, jnp.uint32) + budget[0] * np.uint32(0)
-    steps = np.int32(16 * _MULTIPLIER_LIMBS)
-    multiplier = lax.fori_loop(np.int32(0), steps, try_bit, none)
+    # Zero, with the varying axes that the budget has under shard_map.
+    none = jnp.sum(jnp.stack(budget), dtype=jnp.uint32) * np.uint32(0)
+    multiplier = lax.fori_loop(0, 16 * _MULTIPLIER_LIMBS, try_bit, (none,) * _MULTIPLIER_LIMBS)
     kept = seats(multiplier)
     more = seats(_exact.add(multiplier, _exact.constant(1, 1))) > kept
     left = _exact.to_uint32(_exact.subtract(budget, spent(kept)))
-    rank = jnp.cumsum(more, dtype=jnp.uint32)
-    return (kept + (more & (rank <= left)).astype(jnp.uint32)).astype(jnp.int32)
+
+    next_seat = _exact.from_uint32(2 * kept + 1)  # below 2^32: kept is below 2^31
+    mine = _exact.multiply(_column(next_seat), _row(price))
+    theirs = _exact.multiply(_column(price), _row(next_seat))
+    index = jnp.arange(len(weights))
+    earlier = index[None, :] < index[:, None]
+    before = _exact.less(theirs, mine) | (_exact.equal(theirs, mine) & earlier)
+    rank = jnp.sum(before & more[None, :], 1, dtype=jnp.uint32)
+    return (kept + (more & (rank < left)).astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _column(number: _exact.Limbs) -> _exact.Limbs:
+    return tuple(limb[:, None] for limb in number)
+
+
+def _row(number: _exact.Limbs) -> _exact.Limbs:
+    return tuple(limb[None, :] for limb in number)
 
 
 def _numbers(scores: Scores, costs: PyTree) -> list[float]:
