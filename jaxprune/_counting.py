@@ -92,4 +92,6 @@ def _divisor(n: int, most: int) -> int:
 
 def varying(x: jax.Array) -> bool:
     """Whether ``x`` differs between the devices of a ``shard_map``."""
-    return bool(getattr(jax.typeof(x), "vma", ()))
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return bool(getattr(kind, "vma", None) or getattr(manual, "varying", None))

@@ -1,0 +1,215 @@
+"""Test accuracy of every method on Fashion-MNIST, against sparsity.
+
+LeNet-300-100, batch 128, 6 epochs, Adam 1e-3 with a cosine to 0; the accuracy of the last step, no
+checkpoint is picked. ``--tune`` trains on 50,000 images and reads the other 10,000 of the training
+set, so that recipes can be chosen without the test set.
+"""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from benchmarks import _timing, fashion
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BATCH, EPOCHS = 128, 6
+SPARSITIES = (0.9, 0.95, 0.98, 0.99)
+WIDTHS = (784, 300, 100, 10)
+
+
+def init(key):
+    keys = jax.random.split(key, len(WIDTHS) - 1)
+    glorot = jax.nn.initializers.glorot_uniform()
+    return {
+        f"dense{i}": {"kernel": glorot(k, (a, b)), "bias": jnp.zeros(b)}
+        for i, (k, a, b) in enumerate(zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True))
+    }
+
+
+def logits(params, x):
+    for i in range(len(WIDTHS) - 1):
+        x = x @ params[f"dense{i}"]["kernel"] + params[f"dense{i}"]["bias"][None, :]
+        x = jax.nn.relu(x) if i < len(WIDTHS) - 2 else x
+    return x
+
+
+def loss(params, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+
+
+def methods(steps):
+    """Recipes by name: ``(inner, sparsity, key) -> transform``."""
+    begin, end = steps // 10, 3 * steps // 4
+    often = jp.every(50, begin=begin, end=end)
+    moving = {"drop_fraction": optax.cosine_decay_schedule(0.3, end), "when": jp.every(50, end=end)}
+
+    def ramp(s):
+        return jp.cubic_sparsity(s, end - begin, begin=begin)
+
+    def gradual(allocate, saliency=jp.magnitude):
+        return lambda inner, s, key: jp.prune_gradually(
+            inner, ramp(s), when=often, saliency=saliency, allocate=allocate
+        )
+
+    def never(step):
+        return step < 0
+
+    return {
+        "straight-through, global, cubic": lambda inner, s, key: jp.train_straight_through(
+            inner, ramp(s), when=jp.every(10, end=end), allocate=jp.allocate_global
+        ),
+        "straight-through, ERK, cubic": lambda inner, s, key: jp.train_straight_through(
+            inner, ramp(s), when=jp.every(10, end=end)
+        ),
+        "straight-through, ERK": lambda inner, s, key: jp.train_straight_through(
+            inner, s, when=jp.every(1)
+        ),
+        "SR-STE, ERK": lambda inner, s, key: jp.sr_ste(inner, s, when=jp.every(1)),
+        "gradual magnitude, global": gradual(jp.allocate_global),
+        "gradual magnitude, ERK": gradual(jp.allocate_erk),
+        "gradual magnitude, LAMP": gradual(jp.allocate_lamp),
+        "gradual magnitude, uniform": gradual(jp.allocate_uniform),
+        "gradual Taylor, ERK": gradual(jp.allocate_erk, jp.taylor),
+        "gradual averaged Taylor, global": gradual(
+            jp.allocate_global, jp.accumulate(jp.taylor, 0.99)
+        ),
+        "movement, ERK": gradual(jp.allocate_erk, jp.movement),
+        "AC/DC, global": lambda inner, s, key: jp.ac_dc(
+            inner, s, begin=begin, period=steps // 12, end=end
+        ),
+        "GraNet, global": lambda inner, s, key: jp.granet(inner, ramp(s), when=often, key=key),
+        "Top-KAST, ERK": lambda inner, s, key: jp.top_kast(
+            inner, s, when=jp.every(10), allocate=jp.allocate_erk
+        ),
+        "RigL, ERK": lambda inner, s, key: jp.rigl(inner, s, key=key, **moving),
+        "SET, ERK": lambda inner, s, key: jp.sparse_evolutionary(inner, s, key=key, **moving),
+        "static random, ERK": lambda inner, s, key: jp.sparse_evolutionary(
+            inner, s, key=key, drop_fraction=0.0, when=never
+        ),
+    }
+
+
+def trainer(make, data, evaluation, steps):
+    """``train(seed, order) -> (accuracy, sparsity)``, the whole training in one compiled scan."""
+    (x, y), (test_x, test_y) = data, evaluation
+
+    @jax.jit
+    def train(seed, order):
+        key = jax.random.key(seed)
+        tx = make(optax.adam(optax.cosine_decay_schedule(1e-3, steps)), jax.random.fold_in(key, 1))
+        params = init(key)
+
+        def step(carry, batch):
+            params, state = carry
+            grads = jax.grad(loss)(params, x[batch], y[batch])
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), order)
+        right = jnp.mean(logits(params, test_x).argmax(-1) == test_y)
+        kernels = [layer["kernel"] for layer in params.values()]
+        zeros = sum(jnp.sum(k == 0) for k in kernels) / sum(k.size for k in kernels)
+        return right, zeros
+
+    return train
+
+
+def orders(seed, n, steps):
+    rng = np.random.default_rng(seed)
+    epochs = -(-steps * BATCH // n)
+    flat = np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * BATCH]
+    return jnp.asarray(flat.reshape(steps, BATCH), jnp.int32)
+
+
+def main(argv=None):
+    options = _timing.parser(__doc__)
+    options.add_argument("--tune", action="store_true", help="choose recipes on held-out images")
+    options.add_argument("--only", default="", help="methods whose name contains this")
+    args = options.parse_args(argv)
+
+    images, labels = fashion.load("train")
+    images = images.reshape(-1, 784)
+    if args.tune:
+        order = np.random.default_rng(7).permutation(len(images))
+        held, used = order[:10_000], order[10_000:]
+        data, evaluation = (images[used], labels[used]), (images[held], labels[held])
+    else:
+        test_images, test_labels = fashion.load("t10k")
+        data, evaluation = (images, labels), (test_images.reshape(-1, 784), test_labels)
+    data, evaluation = jax.tree.map(jnp.asarray, (data, evaluation))
+    steps = EPOCHS * len(data[0]) // BATCH
+    seeds = (0,) if args.quick else (0, 1, 2)
+    sparsities = (0.9, 0.98) if args.quick else SPARSITIES
+    chosen = {name: make for name, make in methods(steps).items() if args.only in name}
+    if args.quick and not args.only:
+        chosen = dict(list(chosen.items())[:3])
+
+    batches = {seed: orders(seed, len(data[0]), steps) for seed in seeds}
+    results, start = {}, time.perf_counter()
+    bar = tqdm(total=len(seeds) * (1 + len(chosen) * len(sparsities)))
+
+    def run(make, name):
+        train, found = trainer(make, data, evaluation, steps), []
+        for seed in seeds:
+            right, zeros = train(seed, batches[seed])
+            found.append((100 * float(right), float(zeros)))
+            bar.set_postfix_str(f"{name}: {found[-1][0]:.2f}")
+            bar.update()
+        return found
+
+    results["dense"] = {"0": run(lambda inner, key: inner, "dense")}
+    for name, make in chosen.items():
+        results[name] = {str(s): run(partial(_at, make, s), f"{name}, {s:.0%}") for s in sparsities}
+    bar.close()
+
+    def cell(found):
+        accuracy = [a for a, _ in found]
+        return f"{np.mean(accuracy):.2f} ± {np.std(accuracy):.2f}"
+
+    rows = [["method", *(f"{s:.0%}" for s in sparsities)]]
+    rows += [
+        [name, *(cell(r[str(s)]) for s in sparsities)]
+        for name, r in results.items()
+        if name != "dense"
+    ]
+    print(f"dense {cell(results['dense']['0'])}; mean ± standard deviation of seeds {seeds}\n")
+    print(_timing.table(rows))
+    for s in sparsities:
+        reached = {z for name, r in results.items() if name != "dense" for _, z in r[str(s)]}
+        print(f"asked for {s:.2%}: reached {min(reached):.4%} to {max(reached):.4%}")
+    print(f"{time.perf_counter() - start:.0f} s")
+    _timing.save("accuracy", {"results": results}, args.out)
+    draw(results, sparsities, args.out / "accuracy.png")
+
+
+def _at(make, sparsity, inner, key):
+    return make(inner, sparsity, key)
+
+
+def draw(results, sparsities, path):
+    figure, axis = plt.subplots(figsize=(8, 5.5))
+    dense = np.mean([a for a, _ in results["dense"]["0"]])
+    axis.axhline(dense, color="k", ls="--", lw=1, label=f"dense {dense:.2f}")
+    colors = plt.get_cmap("tab20").colors
+    for (name, r), color in zip(list(results.items())[1:], colors, strict=False):
+        means = [np.mean([a for a, _ in r[str(s)]]) for s in sparsities]
+        axis.plot([1 - s for s in sparsities], means, "o-", ms=4, color=color, label=name)
+    axis.set(xscale="log", xlabel="density", ylabel="test accuracy, %", ylim=(75, 90))
+    axis.invert_xaxis()
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
