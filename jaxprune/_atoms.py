@@ -1,0 +1,149 @@
+"""Positions of axes and what ties them: atoms, united in bulk, frozen with a reason.
+
+Every position of every axis is an *atom*, an integer. Equations unite atoms (a channel's producers
+and consumers become one set) or freeze them. Unions are only noted while a model is read and solved
+at the end, all at once, so that reading costs a few array operations an equation.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LIVE, FREE, FROZEN = 0, 1, 2
+DATA, CONSTANT = -2, -1
+"""Where a value comes from, where it is not the index of a leaf."""
+
+
+class Value(NamedTuple):
+    """An array of the model, abstractly.
+
+    Attributes:
+      axes: the atoms of each axis.
+      zero: for each axis, whether the array is zero where a removed channel is zeroed.
+      const: the number that the array holds everywhere, where that is known.
+      source: index of the only leaf it is computed from, else ``DATA`` or ``CONSTANT``.
+    """
+
+    axes: tuple[np.ndarray, ...]
+    zero: tuple[bool, ...]
+    const: Any = None
+    source: int = DATA
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes at full size."""
+        return tuple(map(len, self.axes))
+
+    def is_zero(self, axis: int) -> bool:
+        """Whether removed positions of ``axis`` hold zeros."""
+        return self.zero[axis] or bool(self.const == 0)
+
+
+class Product(NamedTuple):
+    """A matmul or convolution: ``scale`` times the sizes of ``axes`` operations, for a leaf."""
+
+    scale: int
+    axes: tuple[np.ndarray, ...]
+    leaf: int
+
+
+class Solution(NamedTuple):
+    """The root of every atom; why roots are frozen or inexact, where they are."""
+
+    roots: np.ndarray
+    frozen: dict[int, str]
+    inexact: dict[int, str]
+
+
+class Atoms:
+    """The atoms of one reading: makes, unites, freezes and spoils them."""
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+        self.repeat = 1
+        self._size = 0
+        self._kind = np.zeros(1024, np.int8)
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._frozen: list[tuple[np.ndarray, str]] = []
+        self._inexact: list[tuple[np.ndarray, str]] = []
+
+    def fresh(self, n: int, kind: int = LIVE, reason: str = "") -> np.ndarray:
+        """``n`` new atoms; frozen ones need a reason."""
+        start, self._size = self._size, self._size + n
+        while self._size > len(self._kind):
+            self._kind = np.concatenate([self._kind, np.zeros_like(self._kind)])
+        atoms = np.arange(start, self._size)
+        if kind:
+            self._kind[start : self._size] = kind
+        if kind == FROZEN and n:
+            self._frozen.append((atoms, reason))
+        return atoms
+
+    def value(
+        self, shape: Iterable[int], kind: int = LIVE, reason: str = "", **fields: Any
+    ) -> Value:
+        """A value whose axes are all new."""
+        axes = tuple(self.fresh(n, kind, reason) for n in shape)
+        return Value(axes, **({"zero": (False,) * len(axes)} | fields))
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Position by position, the two are one."""
+        if a is not b:
+            self._pairs.append((a, b))
+
+    def freeze(self, atoms: np.ndarray, reason: str) -> None:
+        """These stay, whatever is asked."""
+        if not self.is_frozen(atoms):
+            self._kind[atoms] = FROZEN
+            self._frozen.append((atoms, reason))
+
+    def spoil(self, atoms: np.ndarray, reason: str) -> None:
+        """Removing these is not the same as zeroing them."""
+        if not self.is_frozen(atoms):
+            self._inexact.append((atoms, reason))
+
+    def is_frozen(self, atoms: np.ndarray) -> bool:
+        """Whether all of them are known to be frozen by now."""
+        return bool((self._kind[atoms] == FROZEN).all())
+
+    def rank(self, atoms: np.ndarray) -> int:
+        """How much an axis is worth following: 2 frozen, 1 live, 0 free (new by broadcasting)."""
+        return (1, 0, 2)[self._kind[atoms[0]]] if len(atoms) else 2
+
+    def join(self, axes: Sequence[np.ndarray]) -> np.ndarray:
+        """Unite axes; returns the one worth following."""
+        best = axes[0]
+        if len(axes) > 1:
+            best = max(axes, key=self.rank)
+            for other in axes:
+                self.unite(best, other)
+        return best
+
+    def solve(self) -> Solution:
+        """Union-find over everything noted: hook roots to smaller ones, flatten, repeat."""
+        parent = np.arange(self._size)
+        if self._pairs:
+            left = np.concatenate([a for a, _ in self._pairs])
+            right = np.concatenate([b for _, b in self._pairs])
+            while left.size:
+                low, high = np.minimum(left, right), np.maximum(left, right)
+                np.minimum.at(parent, high, low)
+                while True:
+                    above = parent[parent]
+                    if np.array_equal(above, parent):
+                        break
+                    parent = above
+                left, right = parent[left], parent[right]
+                apart = left != right
+                left, right = left[apart], right[apart]
+        return Solution(parent, _named(parent, self._frozen), _named(parent, self._inexact))
+
+
+def _named(parent: np.ndarray, notes: list[tuple[np.ndarray, str]]) -> dict[int, str]:
+    """The first reason noted for each root."""
+    named: dict[int, str] = {}
+    for atoms, reason in notes:
+        for root in np.unique(parent[atoms]).tolist():
+            named.setdefault(root, reason)
+    return named
