@@ -49,11 +49,19 @@ class Product(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The root of every atom; why roots are frozen or inexact, where they are."""
+    """The root of every atom; for every root the index of the reason why it is frozen or inexact.
+
+    The index is -1 where it is not.
+    """
 
     roots: np.ndarray
-    frozen: dict[int, str]
-    inexact: dict[int, str]
+    frozen: np.ndarray
+    inexact: np.ndarray
+    reasons: list[str]
+
+    def why(self, notes: np.ndarray, root: int) -> str:
+        """The reason that ``notes`` (frozen or inexact) has for ``root``, or ""."""
+        return self.reasons[notes[root]] if notes[root] >= 0 else ""
 
 
 class Atoms:
@@ -137,13 +145,19 @@ class Atoms:
                 left, right = parent[left], parent[right]
                 apart = left != right
                 left, right = left[apart], right[apart]
-        return Solution(parent, _named(parent, self._frozen), _named(parent, self._inexact))
+        reasons: dict[str, int] = {}
+        frozen = _first_notes(parent, self._frozen, reasons)
+        inexact = _first_notes(parent, self._inexact, reasons)
+        return Solution(parent, frozen, inexact, list(reasons))
 
 
-def _named(parent: np.ndarray, notes: list[tuple[np.ndarray, str]]) -> dict[int, str]:
-    """The first reason noted for each root."""
-    named: dict[int, str] = {}
-    for atoms, reason in notes:
-        for root in np.unique(parent[atoms]).tolist():
-            named.setdefault(root, reason)
-    return named
+def _first_notes(
+    parent: np.ndarray, notes: list[tuple[np.ndarray, str]], reasons: dict[str, int]
+) -> np.ndarray:
+    """The index of the first reason noted for each root, -1 where there is none."""
+    first = np.full(len(parent), -1, np.int32)
+    if notes:
+        atoms = np.concatenate([atoms for atoms, _ in reversed(notes)])
+        index = [reasons.setdefault(reason, len(reasons)) for _, reason in notes][::-1]
+        first[parent[atoms]] = np.repeat(index, [len(atoms) for atoms, _ in reversed(notes)])
+    return first
