@@ -14,15 +14,14 @@ Rule = Callable[[Atoms, core.JaxprEqn, Sequence[Value]], Sequence[Value]]
 _ZERO_AT_ZERO = frozenset(
     "neg abs sign sqrt cbrt square tanh sin tan asin atan sinh asinh atanh erf erf_inv expm1 log1p "
     "floor ceil round convert_element_type copy copy_p real imag reduce_precision stop_gradient "
-    "name optimization_barrier sharding_constraint pvary mesh_cast reduce_and_scale device_put "
-    "add sub add_any or xor atan2 rem max min complex conj and shift_left "
+    "name sharding_constraint pvary mesh_cast "
+    "add sub add_any or xor atan2 rem complex conj shift_left "
     "shift_right_logical shift_right_arithmetic".split()
 )
 _NOT_AT_ZERO = frozenset(
-    "exp exp2 cos acos cosh acosh logistic log rsqrt lgamma digamma erfc is_finite not eq ne lt le "
+    "exp exp2 cos acos cosh acosh logistic log rsqrt lgamma digamma erfc is_finite not eq ne lt le max min and "
     "gt ge lt_to le_to nextafter pow clamp population_count clz bitcast_convert_type igamma "
-    "igammac random_gamma_grad bessel_i0e bessel_i1e polygamma regularized_incomplete_beta "
-    "erf_inv".split()
+    "igammac random_gamma_grad bessel_i0e bessel_i1e polygamma regularized_incomplete_beta".split()
 )
 _SINGULAR = frozenset("log rsqrt digamma lgamma".split())
 _SAME_NUMBER = frozenset("convert_element_type copy copy_p stop_gradient name pvary".split())
@@ -34,9 +33,8 @@ def source_of(values: Sequence[Value]) -> int:
     return CONSTANT if not sources else sources.pop() if len(sources) == 1 else DATA
 
 
-def constant(number: Any, shape: tuple[int, ...] = ()) -> Value:
-    """A literal."""
-    del shape
+def literal(number: Any) -> Value:
+    """A number in the text of the program."""
     return Value((), (), number, CONSTANT)
 
 
@@ -66,29 +64,19 @@ def elementwise(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[
     name = eqn.primitive.name
     axes, zero = [], []
     for axis, n in enumerate(shape_of(eqn.outvars[0])):
-        wide = [v for v in ins if v.axes and (len(v.axes[axis]) == n)]
-        axes.append(atoms.join([v.axes[axis] for v in wide]))
-        there = [v for v in ins if not v.axes or v in wide or v.const is not None]
-        zero.append(_zero(name, eqn, ins, there, axis))
-        if (name in _SINGULAR and zero_at(ins[0], axis)) or (
-            name == "div" and zero_at(ins[1], axis)
-        ):
+        wide = [bool(v.axes) and len(v.axes[axis]) == n for v in ins]
+        axes.append(atoms.join([v.axes[axis] for v, w in zip(ins, wide, strict=True) if w]))
+        zeros = [v.const == 0 or (w and v.zero[axis]) for v, w in zip(ins, wide, strict=True)]
+        zero.append(bool(_zero(name, eqn, ins, zeros)))
+        if (name in _SINGULAR and zeros[0]) or (name == "div" and zeros[1]):
             atoms.spoil(axes[-1], f"{name} of a channel that masking makes zero")
     const = ins[0].const if name in _SAME_NUMBER else None
     return [Value(tuple(axes), tuple(zero), const, source_of(ins))]
 
 
-def zero_at(value: Value, axis: int) -> bool:
-    """Whether the removed positions of an axis of the result are zero in this operand."""
-    return bool(value.const == 0) or (bool(value.axes) and value.zero[axis])
-
-
-def _zero(
-    name: str, eqn: core.JaxprEqn, ins: Sequence[Value], there: Sequence[Value], axis: int
-) -> bool:
-    """Whether the result is zero at removed positions of an axis."""
-    zeros = [v in there and zero_at(v, axis) for v in ins]
-    if name == "mul" or name == "and":
+def _zero(name: str, eqn: core.JaxprEqn, ins: Sequence[Value], zeros: Sequence[bool]) -> bool:
+    """Whether the result is zero at removed positions, given where the operands are."""
+    if name in ("mul", "and"):
         return any(zeros)
     if name == "div":
         return zeros[0] and not zeros[1]
@@ -107,6 +95,12 @@ def _zero(
             return zeros[1] and numbers[0] <= 0 <= numbers[2]
         return any(zeros) and (max if name == "max" else min)(numbers) == 0
     return name in _ZERO_AT_ZERO and all(zeros)
+
+
+def each(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    """Operands come out as they went in."""
+    del atoms, eqn
+    return list(ins)
 
 
 def broadcast_in_dim(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
@@ -546,9 +540,6 @@ RULES |= {
     for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 }
 RULES |= {
-    name: random_bits for name in ("random_bits",)
-}
-RULES |= {
     name: opaque("an axis of random keys")
     for name in ("random_seed", "random_wrap", "random_unwrap", "random_split", "random_fold_in")
 }
@@ -568,6 +559,9 @@ RULES |= {
     "rev": rev,
     "pad": pad,
     "iota": iota,
+    "random_bits": random_bits,
+    "optimization_barrier": each,
+    "device_put": each,
     "reduce_window": window,
     "dot_general": dot_general,
     "conv_general_dilated": convolution,
