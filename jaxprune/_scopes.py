@@ -75,9 +75,9 @@ def derivative(eqn: core.JaxprEqn) -> tuple[core.ClosedJaxpr, list[int], list[in
     """
     fun, places = one_equation(eqn)
     avals = [jax.ShapeDtypeStruct(eqn.invars[i].aval.shape, eqn.invars[i].aval.dtype) for i in places]
-    smooth = [at for at, aval in enumerate(avals) if _is_float(aval)]
+    smooth = [at for at, aval in enumerate(avals) if is_float(aval)]
     outs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
-    floats = [at for at, aval in enumerate(outs) if _is_float(aval)]
+    floats = [at for at, aval in enumerate(outs) if is_float(aval)]
 
     def partial(primals):
         def call(*moving):
@@ -108,25 +108,29 @@ def derivative(eqn: core.JaxprEqn) -> tuple[core.ClosedJaxpr, list[int], list[in
 
 def read_derivative(
     atoms: Atoms, eqn: core.JaxprEqn, given: Sequence[Value], outs: Sequence[Value]
-) -> Scope:
-    """Read a custom derivative: a change of a value lies on the same axes as the value."""
+) -> tuple[Scope, list[int]]:
+    """Read a custom derivative: a change of a value lies on the same axes as the value.
+
+    Also returns which of the differing inputs can be differentiated.
+    """
     jaxpr, places, smooth = derivative(eqn)
     primals = [given[i] for i in places]
     moving = [primals[at]._replace(const=None) for at in smooth]
     floats = [
         out._replace(const=None)
         for var, out in zip(eqn.outvars, outs, strict=True)
-        if _is_float(var.aval)
+        if is_float(var.aval)
     ]
     forward = eqn.primitive.name == "custom_jvp_call"
     scope, results = read(atoms, jaxpr, [*primals, *(moving if forward else floats)])
     for result, like in zip(results, floats if forward else moving, strict=True):
         for a, b in zip(result.axes, like.axes, strict=True):
             atoms.unite(a, b)
-    return scope
+    return scope, smooth
 
 
-def _is_float(aval: Any) -> bool:
+def is_float(aval: Any) -> bool:
+    """Whether it can be differentiated."""
     return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
 
 
