@@ -7,6 +7,9 @@ from jaxprune.allocation import (
     allocate_lamp,
     allocate_uniform,
 )
+from jaxprune.channels.groups import channel_groups
+from jaxprune.channels.masks import mask_channels
+from jaxprune.flops import flops
 from jaxprune.masks import (
     apply_masks,
     density,
@@ -21,6 +24,7 @@ from jaxprune.report import get_masks, summarize
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
+from jaxprune.shrink import shrink, shrink_state
 from jaxprune.structures import mask_blocks, mask_groups, mask_n_m
 from jaxprune.transforms.evolutionary import sparse_evolutionary
 from jaxprune.transforms.gradual import prune_gradually
@@ -35,16 +39,19 @@ __all__ = [
     "allocate_lamp",
     "allocate_uniform",
     "apply_masks",
+    "channel_groups",
     "cubic_sparsity",
     "density",
     "every",
     "fisher",
+    "flops",
     "get_masks",
     "gradient_magnitude",
     "keep_params_masked",
     "kernels",
     "magnitude",
     "mask_blocks",
+    "mask_channels",
     "mask_groups",
     "mask_n_m",
     "mask_threshold",
@@ -58,6 +65,8 @@ __all__ = [
     "random_saliency",
     "rigl",
     "select",
+    "shrink",
+    "shrink_state",
     "snip",
     "sparse_evolutionary",
     "straight_through",
