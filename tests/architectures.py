@@ -1,6 +1,6 @@
 """Small models of many shapes and frameworks: ``build() -> Case``, random weights everywhere."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,8 +26,9 @@ def randomised(tree, seed=0):
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     rng, out = np.random.default_rng(seed), []
     for path, leaf in leaves:
-        if not jnp.issubdtype(getattr(leaf, "dtype", np.int32), jnp.floating):
-            out.append(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+            out.append(jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf)
             continue
         values = rng.normal(size=leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])) ** 0.8)
         if "var" in jax.tree_util.keystr(path):
@@ -283,7 +284,7 @@ def grouped_case():
         a, b = jnp.split(x @ p["glu"], 2, -1)
         x = x + (a * jax.nn.sigmoid(b)) @ p["back"]
         y = jax.nn.relu(x @ p["wide"]) + jnp.pad(x, ((0, 0), (0, 3)))
-        y = jax.lax.cond(y[0, 0] * 0 + 1 > 0, jnp.tanh, jnp.sin, y) if False else y
+        y = jax.lax.cond(x[0, 0] > 0, lambda y: jnp.tanh(y), lambda y: jnp.sin(y)[:, ::-1][:, ::-1], y)
         y = jax.lax.fori_loop(0, 2, lambda i, y: y + jnp.tanh(y @ p["loop"]), y)
         return y @ p["out"]
 
@@ -463,5 +464,3 @@ CASES = {
 def case(name):
     return CASES[name]()
 
-
-del partial
