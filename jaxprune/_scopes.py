@@ -58,12 +58,30 @@ def body(jaxpr: Any) -> core.ClosedJaxpr:
 
 
 def one_equation(eqn: core.JaxprEqn) -> tuple[Callable[..., Any], list[int]]:
-    """An equation as a function of its variables, and the places of these among its inputs."""
+    """An equation that runs a jaxpr as a function of its variables, and the places of these among its inputs."""
     places = [i for i, var in enumerate(eqn.invars) if not isinstance(var, core.Literal)]
     first = {eqn.invars[i]: i for i in reversed(places)}
     places = sorted(first.values())
-    jaxpr = core.Jaxpr((), [eqn.invars[i] for i in places], list(eqn.outvars), [eqn])
+    inner = next(jaxpr for value in eqn.params.values() if (jaxpr := _equations(value)))
+    info = inner.debug_info._replace(
+        arg_names=("",) * len(places), result_paths=("",) * len(eqn.outvars)
+    )
+    given = [eqn.invars[i] for i in places]
+    jaxpr = core.Jaxpr((), given, list(eqn.outvars), [eqn], eqn.effects, info)
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ())), places
+
+
+def runs_equations(eqn: core.JaxprEqn) -> bool:
+    """Whether the equation runs a jaxpr."""
+    return any(_equations(value) is not None for value in eqn.params.values())
+
+
+def _equations(value: Any) -> core.Jaxpr | None:
+    """The jaxpr that a parameter is or holds."""
+    if isinstance(value, tuple):
+        return next((jaxpr for part in value if (jaxpr := _equations(part))), None)
+    value = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+    return value if isinstance(value, core.Jaxpr) else None
 
 
 def derivative(eqn: core.JaxprEqn) -> tuple[core.ClosedJaxpr, list[int], list[int]]:

@@ -126,17 +126,11 @@ def run(scope: Scope, cut: Cut, ins: Sequence[Any]) -> list[Any]:
 
 
 def _as_it_is(eqn: core.JaxprEqn, given: Sequence[Any]) -> Any:
-    name = eqn.primitive.name
-    special = name in _scopes.CALLS | _scopes.REMATS | _scopes.CUSTOM
-    if special or name in ("scan", "while", "cond") or _has_functions(eqn):
+    """The equation on full-size arrays; those that run a jaxpr must be unpacked by JAX itself."""
+    if _scopes.runs_equations(eqn):
         fun, places = _scopes.one_equation(eqn)
         return fun(*(given[i] for i in places))
     return eqn.primitive.bind(*given, **eqn.params)
-
-
-def _has_functions(eqn: core.JaxprEqn) -> bool:
-    """Whether the equation runs a jaxpr or Python that its primitive must unpack first."""
-    return any(name in eqn.params for name in ("call_jaxpr", "jaxpr", "fun_jaxpr", "callback"))
 
 
 def _rebind(eqn: core.JaxprEqn, given: Sequence[Any], **changed: Any) -> Any:

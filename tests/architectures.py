@@ -212,7 +212,7 @@ def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary
     )
 
     def norm(x, scale):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale[None, None]
 
     def rotate(x):
         angle = jnp.arange(x.shape[1])[:, None] * 10.0 ** -jnp.arange(0, 1, 2 / head)[None]
@@ -233,7 +233,7 @@ def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary
             q, k = rotate(q), rotate(k)
             q = q.reshape(batch, time, k.shape[2], -1, head)
             scores = jnp.einsum("btgrd,bsgd->bgrts", q, k) / np.sqrt(head).astype(np.float32)
-            weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), -1)
+            weights = jax.nn.softmax(jnp.where(mask[None, None, None], scores, -1e9), -1)
             y = jnp.einsum("bgrts,bsgd->btgrd", weights, v).reshape(batch, time, -1)
             x = x + y @ p["o"]
             y = norm(x, p["norm2"])
@@ -356,7 +356,7 @@ def haiku(f, *args, state=False):
 def hk_resnet(x):
     x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(hk.Conv2D(6, 3)(x), True))
     x = x + jax.nn.relu(hk.Conv2D(6, 3)(x))
-    return hk.Linear(3)(hk.AvgPool(2, 2, "VALID")(x).mean((1, 2)))
+    return hk.Linear(3)(hk.AvgPool((2, 2, 1), (2, 2, 1), "VALID")(x).mean((1, 2)))
 
 
 def hk_attention(x):

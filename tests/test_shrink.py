@@ -97,7 +97,7 @@ def two_layers(seed=0):
         "b": jnp.asarray(rng.normal(size=(8,)), jnp.float32),
         "c": jnp.asarray(rng.normal(size=(8, 2)), jnp.float32),
     }
-    return (lambda p, x: jax.nn.relu(x @ p["a"] + p["b"]) @ p["c"]), params, normal(5, 3)
+    return (lambda p, x: jax.nn.relu(x @ p["a"] + p["b"][None]) @ p["c"]), params, normal(5, 3)
 
 
 def shrunk(sparsity=0.5):
@@ -149,7 +149,7 @@ def test_custom_derivatives_are_kept():
     _, params, x = two_layers()
 
     def apply(p, x):
-        return strange(odd(x @ p["a"] + p["b"], jnp.float32(2)), 3) @ p["c"]
+        return strange(odd(x @ p["a"] + p["b"][None], jnp.float32(2)), 3) @ p["c"]
 
     groups = jp.channel_groups(apply, params, x)
     masks = jp.mask_channels(jp.magnitude(params), groups, 0.5)
@@ -210,10 +210,10 @@ def test_moments_are_those_of_the_kept_weights():
 
 
 def test_state_that_cannot_be_matched_is_refused():
-    _, params, _, masks, groups, _, _ = shrunk()
+    _, params, _, masks, groups, _, _ = shrunk(0.75)
     tx = optax.adafactor(1e-2, min_dim_size_to_factor=3)
     state = tx.init(params)
-    with pytest.raises(ValueError, match=r"b|a.*start again with tx.init"):
+    with pytest.raises(ValueError, match=r"a: .*start again with tx.init"):
         jp.shrink_state(tx, state, params, masks, groups)
 
 
