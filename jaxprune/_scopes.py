@@ -52,11 +52,6 @@ def read(
     return scope, [value_of(var) for var in jaxpr.outvars]
 
 
-def body(jaxpr: Any) -> core.ClosedJaxpr:
-    """The jaxpr of a call as a closed one."""
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
-
-
 def one_equation(eqn: core.JaxprEqn) -> tuple[Callable[..., Any], list[int]]:
     """An equation that runs a jaxpr as a function of its variables, and the places of these among its inputs."""
     places = [i for i, var in enumerate(eqn.invars) if not isinstance(var, core.Literal)]
@@ -183,7 +178,7 @@ def _read_equation(
 
 def _read_scan(atoms, scope, place, eqn, given, rules):
     params = eqn.params
-    fixed, carried = params["num_consts"], params["num_carry"]
+    fixed, carried = _jaxpr.scan_parts(eqn)
     split = fixed + carried
     xs = []
     for value in given[split:]:
@@ -194,7 +189,7 @@ def _read_scan(atoms, scope, place, eqn, given, rules):
 
     def run(carry):
         atoms.products = list(products)
-        inner, outs = read(atoms, body(params["jaxpr"]), [*given[:fixed], *carry, *xs], rules=rules)
+        inner, outs = read(atoms, _jaxpr.closed(params["jaxpr"]), [*given[:fixed], *carry, *xs], rules=rules)
         scope.inner[place] = [inner]
         return outs
 
@@ -216,9 +211,9 @@ def _read_while(atoms, scope, place, eqn, given, rules):
 
     def run(carry):
         atoms.products = list(products)
-        test, _ = read(atoms, body(params["cond_jaxpr"]), [*given[:tested], *carry], rules=rules)
+        test, _ = read(atoms, _jaxpr.closed(params["cond_jaxpr"]), [*given[:tested], *carry], rules=rules)
         inner, outs = read(
-            atoms, body(params["body_jaxpr"]), [*given[tested:split], *carry], rules=rules
+            atoms, _jaxpr.closed(params["body_jaxpr"]), [*given[tested:split], *carry], rules=rules
         )
         scope.inner[place] = [test, inner]
         return outs
@@ -250,7 +245,7 @@ def _read_branches(atoms, scope, place, eqn, given, rules):
     before = list(atoms.products)
     for branch in eqn.params["branches"]:
         atoms.products = []
-        inner, outs = read(atoms, body(branch), given[1:], rules=rules)
+        inner, outs = read(atoms, _jaxpr.closed(branch), given[1:], rules=rules)
         scopes.append(inner)
         results.append(outs)
         costs.append(atoms.products)

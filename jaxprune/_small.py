@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxprune import _couple, _scopes
+from jaxprune import _couple, _jaxpr, _scopes
 from jaxprune._atoms import Atoms, Solution, Value
 from jaxprune._scopes import Scope
 
@@ -258,7 +258,7 @@ def _remat(scope, place, eqn, cut, given):
 
 def _scan(scope, place, eqn, cut, given):
     params, inner = eqn.params, scope.inner[place][0]
-    fixed, carried = params["num_consts"], params["num_carry"]
+    fixed, carried = _jaxpr.scan_parts(eqn)
 
     def step(carry, x):
         outs = run(inner, cut, [*given[:fixed], *carry, *x])
