@@ -21,19 +21,27 @@ from jaxprune.masks import (
 )
 from jaxprune.oneshot import prune
 from jaxprune.report import get_masks, summarize
+from jaxprune.saliency.accumulate import accumulate, movement
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
 from jaxprune.shrink import shrink, shrink_state
 from jaxprune.structures import mask_blocks, mask_groups, mask_n_m
+from jaxprune.transforms.ac_dc import ac_dc
 from jaxprune.transforms.evolutionary import sparse_evolutionary
 from jaxprune.transforms.gradual import prune_gradually
+from jaxprune.transforms.granet import granet
 from jaxprune.transforms.masked import keep_params_masked
 from jaxprune.transforms.regrow import prune_and_grow
+from jaxprune.transforms.rewind import rewind
 from jaxprune.transforms.rigl import rigl
+from jaxprune.transforms.straight_through import sr_ste, train_straight_through
 from jaxprune.transforms.threshold import prune_below
+from jaxprune.transforms.top_kast import top_kast
 
 __all__ = [
+    "ac_dc",
+    "accumulate",
     "allocate_erk",
     "allocate_global",
     "allocate_lamp",
@@ -47,6 +55,7 @@ __all__ = [
     "flops",
     "get_masks",
     "gradient_magnitude",
+    "granet",
     "keep_params_masked",
     "kernels",
     "magnitude",
@@ -57,20 +66,25 @@ __all__ = [
     "mask_threshold",
     "mask_topk",
     "matching",
+    "movement",
     "pack_masks",
     "prune",
     "prune_and_grow",
     "prune_below",
     "prune_gradually",
     "random_saliency",
+    "rewind",
     "rigl",
     "select",
     "shrink",
     "shrink_state",
     "snip",
     "sparse_evolutionary",
+    "sr_ste",
     "straight_through",
     "summarize",
     "taylor",
+    "top_kast",
+    "train_straight_through",
     "unpack_masks",
 ]

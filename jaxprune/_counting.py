@@ -88,3 +88,8 @@ def byte_plan(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, 
 
 def _divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def varying(x: jax.Array) -> bool:
+    """Whether ``x`` differs between the devices of a ``shard_map``."""
+    return bool(getattr(jax.typeof(x), "vma", ()))

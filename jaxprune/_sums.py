@@ -33,7 +33,7 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         rest = rest * np.asarray(2.0**digit, x.dtype)
         digits = jnp.trunc(rest)
         rest = rest - digits
-        sums.append(jnp.sum(digits.astype(whole), axes, keepdims=True))
+        sums.append(jnp.sum(digits.astype(whole), axes, dtype=whole, keepdims=True))
     total = jnp.zeros((), x.dtype)
     for place in reversed(range(len(sums))):
         unit = np.asarray(2.0 ** -(digit * (place + 1)), x.dtype)

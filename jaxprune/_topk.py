@@ -130,10 +130,14 @@ class _Problem(NamedTuple):
         """The widest bracket: nothing kept at its low end, everything at its high end."""
         shape = jnp.shape(self.sizes) if want is None else want.shape
         key = jnp.zeros(shape, self.dtype)
-        views = self.views(key, key, jnp.int32(0))
-        # Adding the counts of the empty cut (all zero) gives the state the varying axes of the
-        # leaves, which a loop under shard_map requires of its carry.
-        zero = self.tally(views)
+        if any(_counting.varying(leaf) for leaf in self.leaves):
+            # Counts of the empty cut, all zero, vary over the axes that the leaves vary over, which
+            # a loop under shard_map requires of its carry.
+            views = self.views(key, key, jnp.int32(0))
+            zero = self.tally(views)
+        else:
+            views = tuple(jnp.zeros_like(leaf, dtype=jnp.uint8) for leaf in self.leaves)
+            zero = jnp.zeros(shape, jnp.uint32)
         low = zero.astype(self.dtype)
         size = zero + jnp.asarray(self.sizes, jnp.uint32)
         return _State(
@@ -149,7 +153,7 @@ class _Problem(NamedTuple):
             at=low,
             rose=zero > 0,
             widths=(low, low, low),
-            step=jnp.sum(zero).astype(jnp.int32),
+            step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
             views=views,
         )
 

@@ -213,6 +213,12 @@ def widen(x: jax.Array) -> jax.Array:
     return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
 
 
+def any_nan(scores: PyTree) -> jax.Array:
+    """Whether any score is NaN."""
+    leaves = [jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(scores)]
+    return jnp.any(jnp.stack(leaves)) if leaves else jnp.zeros((), bool)
+
+
 def _names_embedding(part: str) -> bool:
     """Whether a path component names an embedding or position ("transpose", "ensemble" do not)."""
     lower = [word.lower() for word in _WORD.findall(part)]

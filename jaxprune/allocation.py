@@ -249,7 +249,8 @@ def _webster(
         )
         return _exact.where(_exact.less(budget, spent(seats(trial))), multiplier, trial)
 
-    none = jnp.sum(jnp.stack(budget)) * 0  # carries the varying axes of the budget under shard_map
+    # Zero, with the varying axes that the budget has under shard_map.
+    none = jnp.sum(jnp.stack(budget), dtype=jnp.uint32) * np.uint32(0)
     multiplier = lax.fori_loop(0, 16 * _MULTIPLIER_LIMBS, try_bit, (none,) * _MULTIPLIER_LIMBS)
     kept = seats(multiplier)
     more = seats(_exact.add(multiplier, _exact.constant(1, 1))) > kept

@@ -106,7 +106,8 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       >>> jp.apply_masks({"w": jnp.ones(2)}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
     """
-    return _apply(where_kept, params, masks)
+    _tree.check_masks(masks, params)
+    return zero_where_pruned(params, masks)
 
 
 def straight_through(params: Params, masks: Masks) -> Params:
@@ -137,6 +138,7 @@ def straight_through(params: Params, masks: Masks) -> Params:
       Conditional Computation, 2013; Zhou et al. Learning N:M Fine-grained Structured Sparse Neural
       Networks From Scratch, 2021.
     """
+    _tree.check_masks(masks, params)
     return _apply(_straight_through, params, masks)
 
 
@@ -236,6 +238,11 @@ def where_kept(leaf: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 
+def zero_where_pruned(tree: PyTree, masks: Masks) -> PyTree:
+    """Zero where pruned; leaves without a mask as they are."""
+    return _apply(where_kept, tree, masks)
+
+
 @jax.custom_jvp
 def _straight_through(leaf: jax.Array, mask: jax.Array) -> jax.Array:
     return where_kept(leaf, mask)
@@ -247,7 +254,6 @@ def _straight_through_jvp(primals, tangents):
 
 
 def _apply(f, params: Params, masks: Masks) -> Params:
-    _tree.check_masks(masks, params)
     return jax.tree.map(
         lambda p, m: p if p is None or m is None else f(p, m), params, masks, is_leaf=_tree.is_none
     )

@@ -32,6 +32,8 @@ OPTIMIZERS = {
     "adabelief": lambda: optax.adabelief(0.01),
     "muon": lambda: optax.contrib.muon(0.01),
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=0.01),
+    "schedule_free": lambda: optax.contrib.schedule_free_adamw(0.01),
+    "prodigy": lambda: optax.contrib.prodigy(0.1),
     "partition": lambda: optax.partition(
         {"wide": optax.adamw(0.01), "rest": optax.sgd(0.05)},
         lambda params: jax.tree.map(lambda p: "wide" if p.ndim > 1 else "rest", params),
@@ -43,13 +45,26 @@ OPTIMIZERS = {
         optax.sgd(0.05, momentum=0.9),
     ),
 }
-REQUIRED = ("momentum", "adam", "adamw", "lion", "adafactor", "clip_adamw", "multisteps")
+REQUIRED = ("momentum", "adamw", "adafactor")
+OFTEN = (*REQUIRED, "adam", "lion", "clip_adamw", "multisteps")
 
 WHEN = jp.every(3, begin=1, end=8)
 
 SIZE = 3 * 3 * 2 * 4 + 36 * 16 + 16 * 5  # governed weights of params()
 
 METHODS = {
+    "movement": lambda inner, s, **kw: jp.prune_gradually(
+        inner, jp.cubic_sparsity(s, 7), when=WHEN, saliency=jp.movement, **kw
+    ),
+    "ac_dc": lambda inner, s, **kw: jp.ac_dc(inner, s, begin=0, period=2, end=8, **kw),
+    "granet": lambda inner, s, **kw: jp.granet(
+        inner, jp.cubic_sparsity(s, 7), when=WHEN, key=KEY, **kw
+    ),
+    "train_straight_through": lambda inner, s, **kw: jp.train_straight_through(
+        inner, s, when=WHEN, **kw
+    ),
+    "sr_ste": lambda inner, s, **kw: jp.sr_ste(inner, s, when=jp.every(1), decay=0.01, **kw),
+    "top_kast": lambda inner, s, **kw: jp.top_kast(inner, s, when=WHEN, **kw),
     "prune_gradually": lambda inner, s, **kw: jp.prune_gradually(
         inner, jp.cubic_sparsity(s, 7, begin=1), when=WHEN, **kw
     ),
@@ -79,7 +94,22 @@ METHODS = {
     ),
 }
 EXACT = [name for name in METHODS if name != "prune_below"]
-REGROWING = ("rigl", "sparse_evolutionary")
+REGROWING = ("rigl", "sparse_evolutionary", "ac_dc", "granet")
+LATENT = ("train_straight_through", "sr_ste", "top_kast")
+CONSTANT = ("rigl", "sparse_evolutionary")  # the number of kept weights never changes
+
+
+def pairs(full):
+    """Which (method, optimizer) the laws sweep: all of them, or what fits in CI."""
+    if full:
+        return [(m, o) for m in METHODS for o in OPTIMIZERS]
+    wide, classic = ("prune_gradually", "rigl"), ("prune_below", "sparse_evolutionary")
+    chosen = {
+        m: OPTIMIZERS if m in wide else OFTEN if m in classic or "prune" in m else REQUIRED
+        for m in METHODS
+    }
+    return [(m, o) for m, optimizers in chosen.items() for o in optimizers]
+
 
 SALIENCIES = {
     "magnitude": jp.magnitude,

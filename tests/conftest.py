@@ -18,3 +18,19 @@ def strict_dtypes(request):
     """Implicit dtype promotion raises, but in modules that run optimizers which rely on it."""
     with jax.numpy_dtype_promotion(getattr(request.module, "DTYPE_PROMOTION", "strict")):
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every method with every optimizer")
+
+
+def pytest_generate_tests(metafunc):
+    if "optimizer" in metafunc.fixturenames:
+        from cases import REGROWING, pairs
+
+        swept = pairs(metafunc.config.getoption("full"))
+        if "regrower" in metafunc.fixturenames:
+            swept = [(method, optimizer) for method, optimizer in swept if method in REGROWING]
+            metafunc.parametrize(("regrower", "optimizer"), swept)
+        else:
+            metafunc.parametrize(("method", "optimizer"), swept)

@@ -143,7 +143,7 @@ def test_masks_that_do_not_fit(masks):
 
 
 def test_masks_that_are_not_bool():
-    masks = {"dense": {"kernel": jnp.ones((4, 6)), "bias": None}}
+    masks = {"dense": {"kernel": jnp.ones((4, 6), jnp.float32), "bias": None}}
     with pytest.raises(TypeError, match="dense/kernel: the mask has type float32"):
         jp.apply_masks(PARAMS, masks)
 

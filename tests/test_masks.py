@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 
-W = jnp.array([[0.1, 0.5, 0.2], [0.3, 0.4, 0.0], [0.0, 0.6, 0.1]])
+W = jnp.float32([[0.1, 0.5, 0.2], [0.3, 0.4, 0.0], [0.0, 0.6, 0.1]])
 
 
 def test_threshold_by_hand():
@@ -55,7 +55,7 @@ def test_topk_along_an_axis_spreads_the_count(data):
 
 def test_straight_through_masks_forward_and_not_backward():
     masks = {"w": W > 0.3, "b": None}
-    params = {"w": W, "b": jnp.ones(3)}
+    params = {"w": W, "b": jnp.ones(3, jnp.float32)}
 
     def loss(p):
         p = jp.straight_through(p, masks)

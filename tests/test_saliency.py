@@ -10,7 +10,7 @@ import jaxprune as jp
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32))
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32))
-PARAMS = {"kernel": jnp.asarray([[0.5, -1.0], [2.0, 0.1], [-0.3, 0.7]]), "step": jnp.int32(3)}
+PARAMS = {"kernel": jnp.float32([[0.5, -1.0], [2.0, 0.1], [-0.3, 0.7]]), "step": jnp.int32(3)}
 
 
 def loss(params, x, y):

@@ -8,13 +8,13 @@ import pytest
 
 import jaxprune as jp
 
-W = jnp.array([[0.1, 0.5, 0.2], [0.3, 0.4, 0.0], [0.0, 0.6, 0.1]])
+W = jnp.float32([[0.1, 0.5, 0.2], [0.3, 0.4, 0.0], [0.0, 0.6, 0.1]])
 
 
 def test_weights_at_or_below_are_gone_with_their_gradient():
     tx = jp.prune_below(optax.sgd(0.25), 0.3, when=jp.every(1), saliency=jp.magnitude)
     params = {"kernel": W}
-    updates, state = tx.update({"kernel": jnp.ones((3, 3))}, tx.init(params), params)
+    updates, state = tx.update({"kernel": jnp.ones((3, 3), jnp.float32)}, tx.init(params), params)
     np.testing.assert_array_equal(state.masks["kernel"], [[False, True, False]] * 3)
     new = optax.apply_updates(params, updates)["kernel"]
     np.testing.assert_allclose(new, [[0, 0.25, 0], [0, 0.15, 0], [0, 0.35, 0]], atol=1e-7)
@@ -25,7 +25,7 @@ def test_what_is_gone_stays_gone_and_the_best_survives():
     params = {"kernel": W}
     state = tx.init(params)
     for _ in range(4):
-        updates, state = tx.update({"kernel": jnp.ones((3, 3))}, state, params)
+        updates, state = tx.update({"kernel": jnp.ones((3, 3), jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
     assert np.argwhere(np.asarray(state.masks["kernel"])).tolist() == [[2, 1]]
 
@@ -50,7 +50,7 @@ def test_whole_slices_by_summed_score(axes):
     tx = jp.prune_below(
         optax.sgd(0.0), 0.09, when=jp.every(1), saliency=squared_gradient, axes=axes
     )
-    params = {"kernel": jnp.ones((3, 3))}
+    params = {"kernel": jnp.ones((3, 3), jnp.float32)}
     _, state = tx.update({"kernel": W}, tx.init(params), params)
     # Column sums of squares: 0.1, 0.77, 0.05.
     np.testing.assert_array_equal(state.masks["kernel"], [[True, True, False]] * 3)

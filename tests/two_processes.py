@@ -71,4 +71,5 @@ def main(address, process):
     print("kept", sum(int(m.sum()) for m in jax.tree.leaves(masks)))
 
 
-main(sys.argv[1], int(sys.argv[2]))
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

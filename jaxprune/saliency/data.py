@@ -101,7 +101,7 @@ def _mean_over_batches(loss, params, batches, f):
             return loss(pairs, *batch)
 
         grads = jax.grad(merged)(trained)
-        return _tree.map_governed(lambda t, g: t + f(_tree.widen(g)), total, grads)
+        return _tree.map_governed(lambda t, g: t + f(_tree.widen(g)).astype(t.dtype), total, grads)
 
     add = jax.jit(total)
     mean = _tree.map_governed(lambda w: jnp.zeros_like(_tree.widen(w)), trained)

@@ -67,7 +67,7 @@ def gradient_magnitude(
       Evci, Gale, Menick, Castro, Elsen. Rigging the Lottery: Making All Tickets Winners, 2020.
     """
     del key
-    grads = _required(grads, params, "gradient_magnitude")
+    grads = required_gradients(grads, params, "gradient_magnitude")
     return _map(lambda w, g: jnp.abs(g), params, grads)
 
 
@@ -98,7 +98,7 @@ def taylor(params: Params, grads: Params | None = None, *, key: jax.Array | None
       Efficient Inference, 2017.
     """
     del key
-    grads = _required(grads, params, "taylor")
+    grads = required_gradients(grads, params, "taylor")
     return _map(lambda w, g: jnp.abs(_tree.widen(w) * _tree.widen(g)), params, grads)
 
 
@@ -152,7 +152,8 @@ def _map(f, params, *rest):
     return _tree.map_governed_with_path(call, params, *rest)
 
 
-def _required(grads: Params | None, params: Params, name: str) -> Params:
+def required_gradients(grads: Params | None, params: Params, name: str) -> Params:
+    """Gradients that fit the parameters, or a ``ValueError``."""
     if grads is None:
         raise ValueError(f"{name} needs gradients; pass grads=jax.grad(loss)(params, ...)")
     _tree.check_like("grads", grads, params, allow_extra=True)

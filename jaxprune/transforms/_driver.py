@@ -1,6 +1,6 @@
 """What the pruning transforms share: their state, and exact zeros around any inner optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,9 @@ import optax
 from jaxprune import _tree
 from jaxprune._placement import placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
-from jaxprune.masks import pack_masks, unpack_masks, where_kept
+from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
+from jaxprune.saliency.accumulate import memory_of, score
+from jaxprune.transforms._moments import check_restartable, mask_averages, restart
 
 
 class PruningState(NamedTuple):
@@ -21,6 +23,8 @@ class PruningState(NamedTuple):
       masks: bool like the parameters (uint8 if packed), ``None`` where not governed.
       sparsity: the fraction last asked for, float32; NaN where a threshold decides.
       pending: whether a mask update met NaN and is to be tried again.
+      memories: of the criteria that have one.
+      dense: what a method that trains dense weights keeps besides the visible ones.
       inner_state: of the wrapped optimizer.
     """
 
@@ -28,11 +32,108 @@ class PruningState(NamedTuple):
     masks: Masks
     sparsity: jax.Array
     pending: jax.Array
+    memories: tuple[PyTree, ...]
+    dense: PyTree
     inner_state: optax.OptState
 
 
-Remask = Callable[[Scores, jax.Array, Masks], tuple[Masks, jax.Array]]
+Propose = Callable[..., tuple[Masks, Any, jax.Array]]
+"""``propose(old, step, *scores) -> (new masks, requested sparsity, whether scores are bad)``."""
+Remask = Callable[[Scores, jax.Array, Masks], tuple[Masks, Any]]
 """``remask(scores, step, old masks) -> (new masks, requested sparsity)``."""
+
+
+def masked_training(
+    inner: optax.GradientTransformation,
+    propose: Propose,
+    *,
+    start: Callable[[Params], tuple[Masks, Any]],
+    when: Trigger,
+    criteria: Sequence[Saliency],
+    keys: Callable[[jax.Array], Any],
+    regrows: bool,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform that all methods with masked weights are.
+
+    At a trigger the criteria score the governed parameters and ``propose`` turns masks into new
+    ones. Weights that come back start at zero, with the optimizer state of a fresh start.
+
+    Args:
+      inner: the wrapped optimizer.
+      propose: new masks from old ones and the scores of each criterion.
+      start: ``params -> (masks, sparsity)``.
+      when: the updates at which masks are proposed.
+      criteria: saliencies, each with or without a memory.
+      keys: ``step -> keys``, one for each criterion.
+      regrows: whether weights may come back; the optimizer is then checked in ``init``.
+      packed: store the masks one bit a weight.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Params) -> PruningState:
+        masks, sparsity = start(params)
+        if regrows and jax.tree.leaves(masks):
+            check_restartable(inner, params)
+        governed = _tree.map_governed(lambda _, p: p, masks, params)
+        return PruningState(
+            step=jnp.zeros((), jnp.int32),
+            masks=pack_masks(masks) if packed else masks,
+            sparsity=jnp.asarray(sparsity, jnp.float32),
+            pending=jnp.zeros((), bool),
+            memories=tuple(memory_of(criterion, governed) for criterion in criteria),
+            dense=(),
+            inner_state=inner.init(params),
+        )
+
+    @jax.jit  # compiled once even where update is called eagerly
+    def decide(before, step, memories, governed, dense):
+        old, sparsity, pending = before
+        parts = zip(criteria, memories, keys(step), strict=True)
+        scored = [score(c, governed, dense, memory, key) for c, memory, key in parts]
+
+        def recompute():
+            new, wanted, bad = propose(old, step, *(ask() for ask, _ in scored))
+            return keep_if(bad, (old, sparsity), (new, jnp.asarray(wanted, jnp.float32)))
+
+        due = jnp.asarray(when(step)) | pending
+        same = (old, sparsity, jnp.zeros_like(pending))
+        return jax.lax.cond(due, recompute, lambda: same), tuple(m for _, m in scored), due
+
+    @jax.jit
+    def refresh(due, inner_state, params, grown):
+        return jax.lax.cond(
+            due, lambda: restart(inner, inner_state, params, grown), lambda: inner_state
+        )
+
+    def update(updates, state, params=None, **extra):
+        check_update(updates, params)
+        old = unpack_masks(state.masks, params) if packed else state.masks
+        _tree.check_like("the state's masks", old, params)
+        governed = _tree.map_governed(lambda _, p: p, old, params)
+        dense = _tree.map_governed(lambda _, g: g, old, updates)
+        before = (old, state.sparsity, state.pending)
+        found, memories, due = decide(before, state.step, state.memories, governed, dense)
+        current, sparsity, pending = found
+        # A weight that comes back counts as pruned in the update that brings it back.
+        settled = jax.tree.map(jnp.logical_and, current, old) if regrows else current
+        updates, inner_state = inner.update(
+            zero_where_pruned(updates, settled), state.inner_state, params, **extra
+        )
+        if regrows:
+            grown = jax.tree.map(lambda new, settled: new & ~settled, current, settled)
+            inner_state = refresh(due, inner_state, zero_where_pruned(params, settled), grown)
+        return zeroing_updates(updates, params, settled), PruningState(
+            step=optax.safe_increment(state.step),
+            masks=pack_masks(current) if packed else current,
+            sparsity=sparsity,
+            pending=pending,
+            memories=memories,
+            dense=(),
+            inner_state=mask_averages(inner_state, settled),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def shrinking(
@@ -47,55 +148,21 @@ def shrinking(
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A transform whose masks only lose weights: at a trigger, ``masks & remask(scores)``."""
-    inner = optax.with_extra_args_support(inner)
 
-    def init(params: Params) -> PruningState:
-        start = starting_masks(params, prunable, masks)
-        return new_state(pack_masks(start) if packed else start, inner.init(params))
+    def propose(old, step, scores):
+        alive = _tree.map_governed(bury, old, scores)
+        new, wanted = remask(alive, step, old)
+        return _tree.map_governed(jnp.logical_and, old, new), wanted, _tree.any_nan(alive)
 
-    @jax.jit  # compiled once even where update is called eagerly
-    def decide(before, step, governed, dense):
-        old, sparsity, pending = before
-
-        def recompute():
-            scores = saliency(governed, dense, key=key_at(key, step))
-            alive = _tree.map_governed(_bury, old, scores)
-            new, wanted = remask(alive, step, old)
-            new = _tree.map_governed(jnp.logical_and, old, new)
-            return keep_unless_nan(before, (new, wanted), any_nan(alive))
-
-        same = (old, sparsity, jnp.zeros_like(pending))
-        return jax.lax.cond(jnp.asarray(when(step)) | pending, recompute, lambda: same)
-
-    def update(updates, state, params=None, **extra):
-        check_update(updates, params)
-        old = unpack_masks(state.masks, params) if packed else state.masks
-        governed = _tree.map_governed(lambda _, p: p, old, params)
-        dense = _tree.map_governed(lambda _, g: g, old, updates)
-        before = (old, state.sparsity, state.pending)
-        current, sparsity, pending = decide(before, state.step, governed, dense)
-        updates, inner_state = inner.update(
-            masked_gradients(updates, current), state.inner_state, params, **extra
-        )
-        return zeroing_updates(updates, params, current), PruningState(
-            step=optax.safe_increment(state.step),
-            masks=pack_masks(current) if packed else current,
-            sparsity=sparsity,
-            pending=pending,
-            inner_state=inner_state,
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def new_state(masks: Masks, inner_state: optax.OptState, sparsity: Any = 0.0) -> PruningState:
-    """The state before the first update."""
-    return PruningState(
-        step=jnp.zeros((), jnp.int32),
-        masks=masks,
-        sparsity=jnp.asarray(sparsity, jnp.float32),
-        pending=jnp.zeros((), bool),
-        inner_state=inner_state,
+    return masked_training(
+        inner,
+        propose,
+        start=lambda params: (starting_masks(params, prunable, masks), 0.0),
+        when=when,
+        criteria=(saliency,),
+        keys=lambda step: (key_at(key, step),),
+        regrows=False,
+        packed=packed,
     )
 
 
@@ -134,39 +201,27 @@ def check_update(updates: PyTree, params: Params | None) -> None:
     _tree.check_like("updates", updates, params)
 
 
-def masked_gradients(updates: PyTree, masks: Masks) -> PyTree:
-    """Gradients that are zero where pruned."""
-    return jax.tree.map(
-        lambda u, m: u if u is None or m is None else where_kept(u, m),
-        updates,
-        masks,
-        is_leaf=_tree.is_none,
-    )
-
-
 def zeroing_updates(updates: PyTree, params: Params, masks: Masks) -> PyTree:
     """``-p`` where pruned, in a type that holds it exactly, so that applying it leaves zero."""
 
     def emit(u, p, m):
         if u is None or p is None or m is None:
             return u
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(u.dtype, p.dtype)
+        dtype = common_type(u, p)
         return jnp.where(m, u.astype(dtype), -p.astype(dtype))
 
     return jax.tree.map(emit, updates, params, masks, is_leaf=_tree.is_none)
 
 
-def any_nan(scores: Scores) -> jax.Array:
-    """Whether any score is NaN."""
-    leaves = [jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(scores)]
-    return jnp.any(jnp.stack(leaves)) if leaves else jnp.zeros((), bool)
+def common_type(u: jax.Array, p: jax.Array) -> Any:
+    """A type that holds updates and parameters."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(u.dtype, p.dtype)
 
 
-def keep_unless_nan(previous, found, bad):
-    """``(masks, sparsity, pending)``: what was found, or what was before and another try."""
-    masks, sparsity, _ = previous
-    chosen = jax.tree.map(lambda a, b: jnp.where(bad, a, b), (masks, sparsity), found)
+def keep_if(bad: jax.Array, previous: PyTree, found: PyTree) -> tuple[Any, ...]:
+    """``(*found, bad)``, or what was before if the scores are bad: to be tried again."""
+    chosen = jax.tree.map(lambda a, b: jnp.where(bad, a, b), previous, found)
     return *chosen, bad
 
 
@@ -175,6 +230,6 @@ def key_at(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, step)
 
 
-def _bury(mask: jax.Array, score: jax.Array) -> jax.Array:
+def bury(mask: jax.Array, score: jax.Array) -> jax.Array:
     """Scores in which weights already pruned come last, so that exact counts stay exact."""
     return jnp.where(mask, score, jnp.asarray(-jnp.inf, score.dtype))

@@ -9,6 +9,7 @@ import optax
 
 from jaxprune import _tree
 from jaxprune._typing import Masks, Params, PyTree
+from jaxprune.masks import zero_where_pruned
 
 
 class _Pair:
@@ -70,6 +71,22 @@ def check_restartable(inner: optax.GradientTransformation, params: Params) -> No
             f"matched to single weights ({error}); use another inner optimizer, or a method that "
             "does not regrow"
         ) from error
+
+
+def mask_averages(state: optax.OptState, masks: Masks) -> optax.OptState:
+    """Zero the pruned weights of parameters that an optimizer keeps in its state.
+
+    Schedule-free optimizers are evaluated at an average of the trained weights and of these.
+    """
+
+    def visit(node):
+        if not isinstance(node, optax.contrib.ScheduleFreeState):
+            return node
+        return node._replace(z=zero_where_pruned(node.z, masks))
+
+    return jax.tree.map(
+        visit, state, is_leaf=lambda n: isinstance(n, optax.contrib.ScheduleFreeState)
+    )
 
 
 class _Named:

@@ -1,26 +1,27 @@
 """Drop and grow: the number of weights stays, their places move."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxprune import _checks, _exact, _tree
 from jaxprune._tree import kernels
-from jaxprune._typing import Allocation, Masking, Masks, Params, Prunable, Saliency, Trigger
+from jaxprune._typing import (
+    Allocation,
+    Counts,
+    Masking,
+    Masks,
+    Prunable,
+    Saliency,
+    Scores,
+    Trigger,
+)
 from jaxprune.allocation import allocate_erk
 from jaxprune.masks import mask_topk
 from jaxprune.saliency.weights import random_saliency
-from jaxprune.transforms._driver import (
-    PruningState,
-    any_nan,
-    check_update,
-    masked_gradients,
-    new_state,
-    starting_masks,
-    zeroing_updates,
-)
-from jaxprune.transforms._moments import check_restartable, restart
+from jaxprune.transforms._driver import bury, masked_training, starting_masks
 
 
 def prune_and_grow(
@@ -81,77 +82,45 @@ def prune_and_grow(
     """
     _checks.check_sparsity(sparsity)
     fraction = _checks.as_schedule(drop_fraction, "drop_fraction", _checks.check_sparsity)
-    inner = optax.with_extra_args_support(inner)
 
-    def init(params: Params) -> PruningState:
-        start = starting_masks(params, prunable, masks)
-        if jax.tree.leaves(start):
-            check_restartable(inner, params)
-        if masks is None:
-            governed = _tree.map_governed(lambda _, p: p, start, params)
-            scores = random_saliency(governed, key=jax.random.fold_in(key, 0))
-            start = mask(scores, allocate(scores, sparsity))
-        return new_state(start, inner.init(params), sparsity)
+    def start(params):
+        if masks is not None:
+            return starting_masks(params, prunable, masks), sparsity
+        scores = random_saliency(_tree.select(params, prunable), key=jax.random.fold_in(key, 0))
+        return mask(scores, allocate(scores, sparsity)), sparsity
 
-    def move(old, step, governed, dense):
-        """New masks, and whether a score was NaN."""
-        step_keys = jax.random.split(jax.random.fold_in(key, step + 1))
-        drops = drop(governed, dense, key=step_keys[0])
-        grows = grow(governed, dense, key=step_keys[1])
-        drops = _tree.map_governed(lambda m, s: jnp.where(m, s, _inf(s, -1)), old, drops)
-        bad = any_nan(drops) | any_nan(grows)
+    def propose(old, step, drops, grows):
         kept = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
-        rate = jnp.clip(jnp.asarray(fraction(step), jnp.float32), 0.0, 1.0)
-        stay = jax.tree.map(lambda k: k - _share(rate, k), kept)
-        survivors = mask(drops, stay)
-        grows = _tree.map_governed(lambda m, s: jnp.where(m, _inf(s, 1), s), survivors, grows)
-        return jax.tree.map(lambda m, n: jnp.where(bad, m, n), old, mask(grows, kept)), bad
+        new, bad = exchange(old, drops, grows, kept, fraction(step), mask)
+        return new, sparsity, bad
 
-    @jax.jit  # compiled once even where update is called eagerly
-    def decide(old, step, pending, governed, dense):
-        due = jnp.asarray(when(step)) | pending
-        moved = jax.lax.cond(
-            due,
-            lambda: move(old, step, governed, dense),
-            lambda: (old, jnp.zeros_like(pending)),
-        )
-        return *moved, due
+    return masked_training(
+        inner,
+        propose,
+        start=start,
+        when=when,
+        criteria=(drop, grow),
+        keys=lambda step: jax.random.split(jax.random.fold_in(key, step + 1)),
+        regrows=True,
+    )
 
-    @jax.jit
-    def refresh(due, inner_state, params, grown):
-        return jax.lax.cond(
-            due, lambda: restart(inner, inner_state, params, grown), lambda: inner_state
-        )
 
-    def update(updates, state, params=None, **extra):
-        check_update(updates, params)
-        governed = _tree.map_governed(lambda _, p: p, state.masks, params)
-        dense = _tree.map_governed(lambda _, g: g, state.masks, updates)
-        current, pending, due = decide(state.masks, state.step, state.pending, governed, dense)
-        grown = jax.tree.map(lambda new, old: new & ~old, current, state.masks)
-        settled = jax.tree.map(jnp.logical_and, current, state.masks)
-        updates, inner_state = inner.update(
-            masked_gradients(updates, settled), state.inner_state, params, **extra
-        )
-        # Grown weights start at zero: they count as pruned in the update that grows them.
-        updates = zeroing_updates(updates, params, settled)
-        zeroed = masked_gradients(params, settled)
-        return updates, PruningState(
-            step=optax.safe_increment(state.step),
-            masks=current,
-            sparsity=state.sparsity,
-            pending=pending,
-            inner_state=refresh(due, inner_state, zeroed, grown),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def exchange(
+    old: Masks, drops: Scores, grows: Scores, keep: Counts, rate: Any, mask: Masking
+) -> tuple[Masks, jax.Array]:
+    """Masks of ``keep`` weights, a share ``rate`` of them chosen by ``grows``; bad if NaN."""
+    drops = _tree.map_governed(bury, old, drops)
+    bad = _tree.any_nan(drops) | _tree.any_nan(grows)
+    rate = jnp.clip(jnp.asarray(rate, jnp.float32), 0.0, 1.0)
+    alive = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
+    stay = jax.tree.map(lambda k, n: jnp.minimum(k - _share(rate, k), n), keep, alive)
+    survivors = mask(drops, stay)
+    infinite = _tree.map_governed(
+        lambda m, s: jnp.where(m, jnp.asarray(jnp.inf, s.dtype), s), survivors, grows
+    )
+    return mask(infinite, keep), bad
 
 
 def _share(rate: jax.Array, kept: jax.Array) -> jax.Array:
-    """floor(rate * kept + 1/2), exactly."""
     number = _exact.from_uint32(kept.astype(jnp.uint32))
     return _exact.to_uint32(_exact.round_product(rate, number)).astype(jnp.int32)
-
-
-def _inf(like: jax.Array, sign: int) -> jax.Array:
-    return jnp.asarray(sign * np.inf, like.dtype)

@@ -1,0 +1,151 @@
+"""A mask update of a whole transformer, and what it sends when the weights are sharded."""
+
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from benchmarks import _timing
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u32": 4, "s32": 4, "f32": 4}
+KINDS = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+
+
+def scores(layers, width):
+    """The seven kernels of every block of a decoder."""
+    shapes = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (1, 3), "up": (1, 3)}
+    shapes["down"] = (3, 1)
+    key = jax.random.key(0)
+    return {
+        f"block{i}": {
+            name: jax.random.normal(
+                jax.random.fold_in(key, 10 * i + j), (a * width, b * width), jnp.float32
+            )
+            for j, (name, (a, b)) in enumerate(shapes.items())
+        }
+        for i in range(layers)
+    }
+
+
+def update(scores):
+    """Global masks at 90 %, all leaves in one search."""
+    return jp.prune(scores, 0.9, prunable=jp.matching("block"))[1]
+
+
+def wire(text):
+    """Bytes of the collectives in a compiled program, largest first, by kind."""
+    found = []
+    for shapes, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", text):
+        total = sum(
+            SIZES.get(dtype, 8) * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        )
+        found.append({"kind": kind, "bytes": total})
+    return sorted(found, key=lambda f: -f["bytes"])
+
+
+def measure(layers, width, repeats):
+    tree = jax.block_until_ready(scores(layers, width))
+    n = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    absolute = jax.jit(lambda t: jax.tree.map(jnp.abs, t))(tree)
+    start = time.perf_counter()
+    compiled = jax.jit(update).lower(absolute).compile()
+    compile_s = time.perf_counter() - start
+    one_pass = jax.jit(lambda t: jax.tree.map(lambda s: s > 1.6, t))
+    keep = n // 10
+
+    def partition():
+        flat = np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(absolute)])
+        return flat >= np.partition(flat, n - keep)[n - keep]
+
+    calls = {
+        "ours": lambda: compiled(absolute),
+        "one compare": lambda: one_pass(absolute),
+        "np.partition": partition,
+    }
+    seconds = _timing.interleaved(calls, repeats, f"{n / 1e6:.0f}M")
+    kept = sum(int(m.sum()) for m in jax.tree.leaves(compiled(absolute)))
+    return {
+        "weights": n,
+        "leaves": len(jax.tree.leaves(tree)),
+        "kept": kept,
+        "compile s": compile_s,
+        "s": {name: float(np.median(s)) for name, s in seconds.items()},
+        "ours / np.partition": _timing.ratio(seconds["ours"], seconds["np.partition"]),
+        "ours / one compare": _timing.ratio(seconds["ours"], seconds["one compare"]),
+        "extra bytes / scores": compiled.memory_analysis().temp_size_in_bytes / (4 * n),
+    }
+
+
+def sharded_wire(devices, layers, width):
+    """What the compiled update sends on a mesh of ``devices``, by the width of the model."""
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, P("x", None))
+    tree = jax.eval_shape(lambda: scores(layers, width))
+    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spread), tree)
+    sent = wire(jax.jit(update).lower(tree).compile().as_text())
+    return {
+        "devices": devices,
+        "weights": sum(s.size for s in jax.tree.leaves(tree)),
+        "leaves": len(jax.tree.leaves(tree)),
+        "collectives": sent,
+    }
+
+
+def main(argv=None):
+    args = _timing.parser(__doc__).parse_args(argv)
+    jax.config.update("jax_num_cpu_devices", 8)
+    sizes = ((2, 128), (4, 256)) if args.quick else ((12, 288), (12, 576), (24, 576), (31, 576))
+    repeats = 2 if args.quick else 7
+    results = [measure(layers, width, repeats) for layers, width in sizes]
+    head = ["weights", "leaves", "one compare", "np.partition", "ours", "/ compare", "memory"]
+    rows = [
+        [
+            f"{r['weights'] / 1e6:.1f}M",
+            r["leaves"],
+            *(f"{r['s'][k]:.3f} s" for k in ("one compare", "np.partition", "ours")),
+            f"{r['ours / one compare']:.1f}",
+            f"{r['extra bytes / scores']:.2f}",
+        ]
+        for r in results
+    ]
+    print(_timing.table([head, *rows]))
+
+    widths = (64, 128) if args.quick else (64, 128, 256)
+    sent = [sharded_wire(d, 2, width) for d in (2, 8) for width in widths]
+    head = ["devices", "weights", "collectives", "largest", "all together"]
+    rows = [
+        [
+            s["devices"],
+            f"{s['weights']:,}",
+            len(s["collectives"]),
+            f"{s['collectives'][0]['kind']}, {s['collectives'][0]['bytes']} bytes",
+            f"{sum(c['bytes'] for c in s['collectives'])} bytes",
+        ]
+        for s in sent
+    ]
+    print("\n" + _timing.table([head, *rows]))
+    _timing.save("scale", {"update": results, "wire": sent}, args.out)
+
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for name, style in (("np.partition", "s-"), ("ours", "o-"), ("one compare", "k--")):
+        axis.loglog([r["weights"] for r in results], [r["s"][name] for r in results], style)
+        axis.lines[-1].set_label("floor: one pass" if name == "one compare" else name)
+    axis.set(xlabel="weights", ylabel="s", title="Global masks of a whole transformer")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(args.out / "scale.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

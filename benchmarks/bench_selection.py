@@ -1,0 +1,117 @@
+"""The mask of one array's largest scores: ours, a sort, NumPy's partition, and one pass."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+import jaxprune as jp
+from benchmarks import _timing
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DENSITY = 0.1
+
+
+@partial(jax.jit, static_argnames="keep")
+def ours(scores, keep):
+    return jp.mask_topk(scores, keep)
+
+
+@partial(jax.jit, static_argnames="keep")
+def argsort(scores, keep):
+    """Threshold at the k-th of all indices sorted by score, as jaxpruner does."""
+    return scores >= scores[jnp.argsort(scores)[scores.size - keep]]
+
+
+@jax.jit
+def compare(scores):
+    return scores > 1.0
+
+
+def partition(scores, keep):
+    return scores >= np.partition(scores, scores.size - keep)[scores.size - keep]
+
+
+def measure(power, repeats, *, sort):
+    n = 2**power
+    keep = round(DENSITY * n)
+    values = np.abs(np.random.default_rng(power).normal(size=n)).astype(np.float32)
+    scores = jnp.asarray(values)
+    assert int(ours(scores, keep).sum()) == keep
+    calls = {
+        "ours": lambda: ours(scores, keep),
+        "np.partition": lambda: partition(values, keep),
+        "one compare": lambda: compare(scores),
+    }
+    seconds = _timing.interleaved(calls, repeats, f"2^{power}")
+    if sort:  # Seconds each: a few turns of its own, beside ours.
+        few = {"ours": calls["ours"], "argsort": lambda: argsort(scores, keep)}
+        again = _timing.interleaved(few, max(3, repeats // 5), f"2^{power}, sort")
+        seconds["argsort"] = again["argsort"]
+        sorting = _timing.ratio(again["argsort"], again["ours"])
+    memory = ours.lower(scores, keep).compile().memory_analysis()
+    result = {
+        "scores": n,
+        "ms": {name: 1e3 * float(np.median(times)) for name, times in seconds.items()},
+        "ours / np.partition": _timing.ratio(seconds["ours"], seconds["np.partition"]),
+        "ours / one compare": _timing.ratio(seconds["ours"], seconds["one compare"]),
+        "extra bytes / scores": memory.temp_size_in_bytes / (4 * n),
+    }
+    return result | ({"argsort / ours": sorting} if sort else {})
+
+
+def draw(results, path):
+    figure, axis = plt.subplots(figsize=(7, 5))
+    styles = {"argsort": "#b0413e", "np.partition": "#888888", "ours": "#1f6fb4"}
+    for name, color in styles.items():
+        points = [(r["scores"], r["ms"][name]) for r in results if name in r["ms"]]
+        axis.loglog(*zip(*points, strict=True), "o-", color=color, label=name)
+    floor = [(r["scores"], r["ms"]["one compare"]) for r in results]
+    axis.loglog(*zip(*floor, strict=True), "k--", lw=1, label="floor: one pass over memory")
+    axis.set(xlabel="scores (float32)", ylabel="ms", title="Mask of the largest 10 %")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    options = _timing.parser(__doc__)
+    args = options.parse_args(argv)
+    powers = (16, 18, 20) if args.quick else (18, 20, 22, 23, 24, 25, 26)
+    repeats = 5 if args.quick else 15
+    results = [measure(p, repeats, sort=p <= 24) for p in powers]
+    fitted = [r for r in results if args.quick or r["scores"] >= 2**22]
+    exponent = float(
+        np.polyfit(
+            np.log([r["scores"] for r in fitted]), np.log([r["ms"]["ours"] for r in fitted]), 1
+        )[0]
+    )
+    head = ["scores", "one compare", "np.partition", "argsort", "ours", "/ partition", "memory"]
+    rows = [
+        [
+            f"{r['scores']:,}",
+            *(
+                f"{r['ms'][k]:.1f} ms" if k in r["ms"] else ""
+                for k in ("one compare", "np.partition", "argsort", "ours")
+            ),
+            f"{r['ours / np.partition']:.2f}",
+            f"{r['extra bytes / scores']:.2f}",
+        ]
+        for r in results
+    ]
+    print(_timing.table([head, *rows]))
+    for r in results:
+        if "argsort / ours" in r:
+            print(f"{r['scores']:,}: {r['argsort / ours']:.0f} times faster than argsort")
+    print(f"time grows as n^{exponent:.2f}")
+    _timing.save("selection", {"results": results, "exponent": exponent}, args.out)
+    draw(results, args.out / "selection.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Dense weights in the state, masked ones in the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import _checks, _tree
+from jaxprune._typing import Allocation, Masking, Masks, Prunable, PyTree, Saliency, Trigger
+from jaxprune.masks import allocate_and_mask
+from jaxprune.saliency.accumulate import memory_of, score
+from jaxprune.transforms._driver import (
+    PruningState,
+    check_update,
+    common_type,
+    keep_if,
+    key_at,
+    starting_masks,
+)
+
+Adjust = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""``adjust(gradient, dense weight, mask, reach) -> gradient`` that the inner optimizer sees."""
+
+
+def latent_training(
+    inner: optax.GradientTransformation,
+    sparsity: float | optax.Schedule,
+    adjust: Adjust,
+    *,
+    when: Trigger,
+    saliency: Saliency,
+    allocate: Allocation,
+    mask: Masking,
+    prunable: Prunable,
+    masks: Masks | None,
+    key: jax.Array | None,
+    backward_sparsity: float | optax.Schedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Train dense weights while the model sees ``mask * dense``.
+
+    The state's ``dense`` holds the dense weights and their ``reach``: the weights that are trained,
+    all of them unless there is a ``backward_sparsity``.
+    """
+    inner = optax.with_extra_args_support(inner)
+    schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
+    backward = None
+    if backward_sparsity is not None:
+        name = "backward_sparsity"
+        backward = _checks.as_schedule(backward_sparsity, name, _checks.check_sparsity)
+
+    def init(params):
+        start = starting_masks(params, prunable, masks)
+        governed = _tree.map_governed(lambda _, p: jnp.array(p, copy=True), start, params)
+        reach = () if backward is None else starting_masks(params, prunable)
+        return PruningState(
+            step=jnp.zeros((), jnp.int32),
+            masks=start,
+            sparsity=jnp.zeros((), jnp.float32),
+            pending=jnp.zeros((), bool),
+            memories=(memory_of(saliency, governed),),
+            dense=(governed, reach),
+            inner_state=inner.init(params),
+        )
+
+    @jax.jit  # compiled once even where update is called eagerly
+    def decide(before, pending, step, memory, dense, grads):
+        ask, memory = score(saliency, dense, grads, memory, key_at(key, step))
+
+        def recompute():
+            scores = ask()
+            wanted = _fraction(schedule, step)
+            found = allocate_and_mask(scores, wanted, allocate, mask)
+            reach: Any = ()
+            if backward is not None:
+                wider = jnp.minimum(_fraction(backward, step), wanted)
+                reach = allocate_and_mask(scores, wider, allocate, mask)
+                reach = jax.tree.map(jnp.logical_or, reach, found)
+            return keep_if(_tree.any_nan(scores), before, (found, reach, wanted))
+
+        due = jnp.asarray(when(step)) | pending
+        same = (*before, jnp.zeros_like(pending))
+        return jax.lax.cond(due, recompute, lambda: same), memory
+
+    def update(updates, state, params=None, **extra):
+        check_update(updates, params)
+        _tree.check_like("the state's masks", state.masks, params)
+        dense, reach = state.dense
+        everything = _put(dense, params)
+        trained = reach if backward is not None else jax.tree.map(jnp.ones_like, state.masks)
+        grads = _tree.map_governed(lambda d, g: g, dense, updates)
+        seen = _tree.map_governed(adjust, grads, dense, state.masks, trained)
+        moves, inner_state = inner.update(
+            _put(seen, updates), state.inner_state, everything, **extra
+        )
+        moved = optax.apply_updates(everything, moves)
+        new = _tree.map_governed(lambda d, w, r: jnp.where(r, w, d), dense, moved, trained)
+        before = (state.masks, reach, state.sparsity)
+        found, memory = decide(before, state.pending, state.step, state.memories[0], new, grads)
+        current, reach, sparsity, pending = found
+        return _show(moves, params, dense, new, current), PruningState(
+            step=optax.safe_increment(state.step),
+            masks=current,
+            sparsity=sparsity,
+            pending=pending,
+            memories=(memory,),
+            dense=(new, reach),
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fraction(schedule, step) -> jax.Array:
+    return jnp.clip(jnp.asarray(schedule(step), jnp.float32), 0.0, 1.0)
+
+
+def _put(governed: PyTree, tree: PyTree) -> PyTree:
+    """``tree`` with its governed leaves replaced."""
+    return jax.tree.map(
+        lambda mine, theirs: theirs if mine is None else mine,
+        governed,
+        tree,
+        is_leaf=_tree.is_none,
+    )
+
+
+def _show(moves: PyTree, params: PyTree, old: PyTree, new: PyTree, masks: Masks) -> PyTree:
+    """Updates after which the model's weights are exactly ``masks * new``.
+
+    Where the model shows the dense weight already, the move itself: adding it does to both what
+    rounding does. A weight that appears is added to zero.
+    """
+
+    def emit(u, p, d, w, m):
+        if d is None or u is None or p is None:
+            return u
+        dtype = common_type(u, p)
+        u, p, d, w = (x.astype(dtype) for x in (u, p, d, w))
+        return jnp.where(m, jnp.where((p == d) & (d + u == w), u, w - p), -p)
+
+    return jax.tree.map(emit, moves, params, old, new, masks, is_leaf=_tree.is_none)
