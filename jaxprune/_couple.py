@@ -164,9 +164,7 @@ def reshape(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Valu
     return [Value(tuple(axes), tuple(zero), value.const, value.source)]
 
 
-def _chunks(
-    before: Sequence[int], after: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
+def _chunks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The finest matching of axes, those of size one left out."""
     if 0 in before:
         return []
@@ -201,9 +199,7 @@ def _merge(atoms: Atoms, parts: list[tuple[np.ndarray, bool]]) -> tuple[np.ndarr
     return np.tile(np.repeat(parts[carrier][0], inner), outer), parts[carrier][1]
 
 
-def _split(
-    atoms: Atoms, merged: np.ndarray, sizes: Sequence[int]
-) -> tuple[list[np.ndarray], int]:
+def _split(atoms: Atoms, merged: np.ndarray, sizes: Sequence[int]) -> tuple[list[np.ndarray], int]:
     """The axes that one axis becomes, and which of them carries its atoms.
 
     An axis along which alone the atoms vary carries them as they are; otherwise the outermost
@@ -309,8 +305,7 @@ def opaque(reason: str) -> Rule:
     def rule(atoms, eqn, ins):
         freeze_all(atoms, ins, reason)
         return [
-            atoms.value(shape_of(var), FROZEN, reason, source=source_of(ins))
-            for var in eqn.outvars
+            atoms.value(shape_of(var), FROZEN, reason, source=source_of(ins)) for var in eqn.outvars
         ]
 
     return rule
@@ -349,9 +344,7 @@ def along(*names: str, why: str) -> Rule:
             size = shape_of(var)[axis]
             same = size == len(axes[axis])
             new = axes[axis] if same else atoms.fresh(size, FROZEN, whys)
-            outs.append(
-                Value((*axes[:axis], new, *axes[axis + 1 :]), zero, None, source_of(ins))
-            )
+            outs.append(Value((*axes[:axis], new, *axes[axis + 1 :]), zero, None, source_of(ins)))
         return outs
 
     return rule
@@ -531,9 +524,7 @@ RULES: dict[str, Rule] = {
     name: elementwise
     for name in (*_ZERO_AT_ZERO, *_NOT_AT_ZERO, "mul", "div", "select_n", "integer_pow")
 }
-RULES |= {
-    f"reduce_{name}": reduction for name in ("sum", "max", "min", "prod", "and", "or", "xor")
-}
+RULES |= {f"reduce_{name}": reduction for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
 RULES |= {f"reduce_window_{name}": window for name in ("max", "min", "sum")}
 RULES |= {
     name: along("axis", why="along this axis")

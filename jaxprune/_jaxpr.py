@@ -56,9 +56,7 @@ def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
     inner = closed(eqn.params["jaxpr"]).jaxpr
 
     def scanned(outside, inside):
-        return sum(
-            a.aval.ndim != b.aval.ndim for a, b in zip(outside, inside, strict=True)
-        )
+        return sum(a.aval.ndim != b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
     carried = len(eqn.outvars) - scanned(eqn.outvars, inner.outvars)
     return len(eqn.invars) - scanned(eqn.invars, inner.invars) - carried, carried

@@ -87,7 +87,9 @@ def derivative(eqn: core.JaxprEqn) -> tuple[core.ClosedJaxpr, list[int], list[in
     ``custom_vjp`` primals and cotangents to cotangents.
     """
     fun, places = one_equation(eqn)
-    avals = [jax.ShapeDtypeStruct(eqn.invars[i].aval.shape, eqn.invars[i].aval.dtype) for i in places]
+    avals = [
+        jax.ShapeDtypeStruct(eqn.invars[i].aval.shape, eqn.invars[i].aval.dtype) for i in places
+    ]
     smooth = [at for at, aval in enumerate(avals) if is_float(aval)]
     outs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
     floats = [at for at, aval in enumerate(outs) if is_float(aval)]
@@ -189,7 +191,9 @@ def _read_scan(atoms, scope, place, eqn, given, rules):
 
     def run(carry):
         atoms.products = list(products)
-        inner, outs = read(atoms, _jaxpr.closed(params["jaxpr"]), [*given[:fixed], *carry, *xs], rules=rules)
+        inner, outs = read(
+            atoms, _jaxpr.closed(params["jaxpr"]), [*given[:fixed], *carry, *xs], rules=rules
+        )
         scope.inner[place] = [inner]
         return outs
 
@@ -211,7 +215,9 @@ def _read_while(atoms, scope, place, eqn, given, rules):
 
     def run(carry):
         atoms.products = list(products)
-        test, _ = read(atoms, _jaxpr.closed(params["cond_jaxpr"]), [*given[:tested], *carry], rules=rules)
+        test, _ = read(
+            atoms, _jaxpr.closed(params["cond_jaxpr"]), [*given[:tested], *carry], rules=rules
+        )
         inner, outs = read(
             atoms, _jaxpr.closed(params["body_jaxpr"]), [*given[tested:split], *carry], rules=rules
         )
@@ -253,9 +259,7 @@ def _read_branches(atoms, scope, place, eqn, given, rules):
     scope.inner[place] = scopes
     joined = []
     for outs in zip(*results, strict=True):
-        axes = tuple(
-            atoms.join([out.axes[a] for out in outs]) for a in range(len(outs[0].axes))
-        )
+        axes = tuple(atoms.join([out.axes[a] for out in outs]) for a in range(len(outs[0].axes)))
         zero = tuple(all(out.is_zero(a) for out in outs) for a in range(len(axes)))
         joined.append(Value(axes, zero, None, _couple.source_of(outs)))
     return joined

@@ -168,16 +168,16 @@ def _take(leaf: Any, axes: dict[int, np.ndarray]) -> Any:
 
 def _cut_leaves(params: Params, kept: _Kept) -> Params:
     leaves, tree = jax.tree.flatten(params)
-    return jax.tree.unflatten(
-        tree, [_take(leaf, kept.get(i, {})) for i, leaf in enumerate(leaves)]
-    )
+    return jax.tree.unflatten(tree, [_take(leaf, kept.get(i, {})) for i, leaf in enumerate(leaves)])
 
 
 def _check_params(params: Params, model: Model) -> None:
     named = [(path, leaf) for path, leaf in _tree.leaves_with_paths(params) if leaf is not None]
     if [path for path, _ in named] != list(model.paths):
         odd = sorted({path for path, _ in named} ^ set(model.paths)) or ["the order of leaves"]
-        raise ValueError(f"params are not those of the groups, first at {odd[0]}; read groups again")
+        raise ValueError(
+            f"params are not those of the groups, first at {odd[0]}; read groups again"
+        )
     for (path, leaf), known in zip(named, model.leaves, strict=True):
         if np.shape(leaf) != known.shape:
             raise ValueError(

@@ -163,9 +163,7 @@ class Stacked(nn.Module):
             def __call__(self, x, _):
                 return x + nn.Dense(6)(jnp.tanh(nn.Dense(9)(x))), None
 
-        stack = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         return nn.Dense(3)(stack()(nn.Dense(6)(x), None)[0])
 
 
@@ -208,7 +206,9 @@ def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary
             "norm2": (width,),
         }
     params = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
     )
 
     def norm(x, scale):
@@ -227,9 +227,7 @@ def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary
         for i in range(layers):
             p = params[f"layer{i}"]
             y = norm(x, p["norm1"])
-            q, k, v = (
-                (y @ p[name]).reshape(batch, time, -1, head) for name in ("q", "k", "v")
-            )
+            q, k, v = ((y @ p[name]).reshape(batch, time, -1, head) for name in ("q", "k", "v"))
             q, k = rotate(q), rotate(k)
             q = q.reshape(batch, time, k.shape[2], -1, head)
             scores = jnp.einsum("btgrd,bsgd->bgrts", q, k) / np.sqrt(head).astype(np.float32)
@@ -252,9 +250,7 @@ def decoder_case():
 def experts_case():
     """Dense mixture of experts with sigmoid gates: whole experts may go."""
     shapes = {"in": (4, 6), "gate": (6, 5), "up": (5, 6, 8), "down": (5, 8, 6), "out": (6, 3)}
-    params = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
-    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
     def apply(p, x):
         x = x @ p["in"]
@@ -275,9 +271,7 @@ def grouped_case():
         "loop": (9, 9),
         "out": (9, 3),
     }
-    params = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
-    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
     def apply(p, x):
         x = x @ p["in"]
@@ -286,7 +280,9 @@ def grouped_case():
         table = jax.jit(lambda x: x * jnp.asarray(np.arange(6, dtype=np.float32))[None])
         x = table(x)
         y = jax.nn.relu(x @ p["wide"]) + jnp.pad(x, ((0, 0), (0, 3)))
-        y = jax.lax.cond(x[0, 0] > 0, lambda y: jnp.tanh(y), lambda y: jnp.sin(y)[:, ::-1][:, ::-1], y)
+        y = jax.lax.cond(
+            x[0, 0] > 0, lambda y: jnp.tanh(y), lambda y: jnp.sin(y)[:, ::-1][:, ::-1], y
+        )
         y = jax.lax.fori_loop(0, 2, lambda i, y: y + jnp.tanh(y @ p["loop"]), y)
         return y @ p["out"]
 
@@ -465,4 +461,3 @@ CASES = {
 @cache
 def case(name):
     return CASES[name]()
-

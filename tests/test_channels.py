@@ -185,7 +185,10 @@ def test_target_is_met_by_the_shortest_prefix(sparsity):
     assert kept(masks) >= budget - 48  # the largest channel
 
     def rank(group, positions):
-        parts = [np.moveaxis(np.asarray(scores[m.path]), m.axis, 0)[m.positions.ravel()] for m in group.members]
+        parts = [
+            np.moveaxis(np.asarray(scores[m.path]), m.axis, 0)[m.positions.ravel()]
+            for m in group.members
+        ]
         values = np.concatenate(parts, 1).mean(1)
         return values / values.mean()
 
@@ -235,7 +238,7 @@ def test_ties_are_broken_by_index():
 def test_inexact_groups_wait_to_be_asked():
     params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
     groups = of(lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"], params, jnp.ones((3, 4)))
-    with pytest.raises(ValueError, match="nearest reachable target is 0.0000"):
+    with pytest.raises(ValueError, match="none of these groups"):
         jp.mask_channels(jp.magnitude(params), groups, 0.5)
     masks = jp.mask_channels(jp.magnitude(params), groups, 0.5, inexact=True)
     assert kept(masks) == 24
@@ -244,8 +247,8 @@ def test_inexact_groups_wait_to_be_asked():
 def test_bad_input_is_refused():
     apply, params, groups = mlp()
     scores = jp.magnitude(params)
-    with pytest.raises(ValueError, match=r"sparsity=0.99 cannot be reached.*nearest reachable"):
-        jp.mask_channels(scores, groups, 0.99)
+    with pytest.raises(ValueError, match=r"sparsity=0.999 cannot be reached.*nearest reachable"):
+        jp.mask_channels(scores, groups, 0.999)
     with pytest.raises(ValueError, match="one target"):
         jp.mask_channels(scores, groups)
     with pytest.raises(ValueError, match="one target"):
@@ -339,11 +342,15 @@ def test_random_programs_obey_the_law():
         if not len(exact):
             continue
         rng = np.random.default_rng(seed)
-        scores = jax.tree.map(lambda p, r=rng: jnp.asarray(r.uniform(size=p.shape), jnp.float32), params)
+        scores = jax.tree.map(
+            lambda p, r=rng: jnp.asarray(r.uniform(size=p.shape), jnp.float32), params
+        )
         masks = jp.mask_channels(scores, exact, 0.15)
         small_apply, small = jp.shrink(apply, params, masks, groups)
-        expected = apply(jp.apply_masks(params, masks), x)
+        expected = jax.jit(apply)(jp.apply_masks(params, masks), x)
         scale = float(jnp.abs(expected).max()) + 1e-6
-        np.testing.assert_allclose(small_apply(small, x), expected, rtol=1e-5, atol=1e-5 * scale)
+        np.testing.assert_allclose(
+            jax.jit(small_apply)(small, x), expected, rtol=1e-5, atol=1e-5 * scale
+        )
         pruned += 1
     assert pruned > 15

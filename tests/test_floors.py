@@ -16,6 +16,10 @@ FLOORS = {
     "_exact": 0,
     "_topk": 0,
     "_jaxpr": 0,
+    "_atoms": 0,
+    "_couple": 0,
+    "_scopes": 0,
+    "_small": 0,
     "saliency": 1,
     "calibration": 1,
     "schedules": 1,
@@ -27,6 +31,7 @@ FLOORS = {
     "channels": 4,
     "transforms": 4,
     "shrink": 5,
+    "flops": 5,
     "report": 5,
     "export": 5,
 }

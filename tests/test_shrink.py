@@ -168,9 +168,10 @@ def test_whole_residual_branch_goes():
     scores = random_scores(c.params)
     masks = jp.mask_channels(scores, hidden, 0.5, floor=0, multiple_of=9)
     small_apply, small = jp.shrink(c.apply, c.params, masks, groups)
-    assert sorted(p.shape[1] for p in jax.tree.leaves(small) if p.ndim == 2 and p.shape[0] == 6)[
-        0
-    ] == 0
+    assert (
+        sorted(p.shape[1] for p in jax.tree.leaves(small) if p.ndim == 2 and p.shape[0] == 6)[0]
+        == 0
+    )
     masked = jp.apply_masks(c.params, masks)
     close(jax.jit(small_apply)(small, *c.args), c.apply(masked, *c.args))
 
@@ -233,7 +234,11 @@ def test_flops_are_counted_by_leaf():
     image, kernel = jnp.ones((1, 6, 6, 4)), {"k": jnp.ones((3, 3, 1, 8))}
     depthwise = jp.flops(
         lambda p, x: jax.lax.conv_general_dilated(
-            x, p["k"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x,
+            p["k"],
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=4,
         ),
         kernel,

@@ -204,9 +204,7 @@ def channel_groups(
 
     weights = tuple(cost(1, value.axes) for value in reading.leaves)
     products = tuple(cost(p.scale, p.axes) for p in reading.atoms.products)
-    model = Model(
-        paths, leaves, shapes, has_state, ties, groups, offsets, weights, products
-    )
+    model = Model(paths, leaves, shapes, has_state, ties, groups, offsets, weights, products)
     return ChannelGroups(model, range(len(groups)))
 
 

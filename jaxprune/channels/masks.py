@@ -78,6 +78,11 @@ def mask_channels(
         for i in groups.chosen
         if not model.groups[i].frozen and (inexact or model.groups[i].exact)
     ]
+    if not eligible and target > 0:
+        raise ValueError(
+            "none of these groups may lose a channel: they are frozen, or not exact (print them for "
+            "the reasons; inexact=True admits the latter)"
+        )
     alive = np.ones(int(model.offsets[-1]), bool)
     mine = np.zeros_like(alive)
     for i in eligible:
@@ -127,9 +132,7 @@ def mask_channels(
     low, high = 0, len(ranked)
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle) if _spent(costs, left(middle)) <= allowed else (middle + 1, high)
-        )
+        low, high = (low, middle) if _spent(costs, left(middle)) <= allowed else (middle + 1, high)
     return _masks(scores, groups, left(low))
 
 
@@ -159,7 +162,9 @@ def _scores_by_path(scores: Scores, groups: ChannelGroups) -> dict[str, Any]:
     given = dict(_tree.leaves_with_paths(scores))
     for path, leaf in zip(model.paths, model.leaves, strict=True):
         if path not in given:
-            raise ValueError(f"{path}: the groups know this leaf and scores do not; score the same tree")
+            raise ValueError(
+                f"{path}: the groups know this leaf and scores do not; score the same tree"
+            )
         score = given[path]
         if score is not None and np.shape(score) != leaf.shape:
             raise ValueError(
@@ -191,9 +196,7 @@ def _channel_scores(
 
 def _grouped(weights: Sequence[Cost], mine: np.ndarray) -> list[Cost]:
     """Leaves that a channel may go from."""
-    return [
-        cost for cost in weights if any(mine[ids[ids >= 0]].any() for ids in cost.axes)
-    ]
+    return [cost for cost in weights if any(mine[ids[ids >= 0]].any() for ids in cost.axes)]
 
 
 def _spent(costs: Sequence[Cost], alive: np.ndarray) -> int:
@@ -224,9 +227,7 @@ def _savings(costs: Sequence[Cost], alive: np.ndarray) -> np.ndarray:
 def _masks(scores: Scores, groups: ChannelGroups, alive: np.ndarray) -> Masks:
     """Masks like ``scores`` on every leaf of the groups."""
     model = groups.model
-    touched = {
-        member.leaf for group in groups if not group.frozen for member in group.members
-    }
+    touched = {member.leaf for group in groups if not group.frozen for member in group.members}
     kept = axes_kept(groups, alive)
     masks = {
         model.paths[leaf]: _outer(model.leaves[leaf].shape, kept.get(leaf, {})) for leaf in touched
@@ -271,7 +272,9 @@ def channels_alive(masks: Masks, groups: ChannelGroups) -> np.ndarray:
     found: dict[int, np.ndarray] = {}
     for leaf, path in enumerate(model.paths):
         if path not in given:
-            raise ValueError(f"{path}: the groups know this leaf and masks do not; mask the same tree")
+            raise ValueError(
+                f"{path}: the groups know this leaf and masks do not; mask the same tree"
+            )
         mask = given[path]
         if mask is None:
             continue
