@@ -5,10 +5,11 @@ and consumers become one set) or freeze them. Unions are only noted while a mode
 at the end, all at once, so that reading costs a few array operations an equation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.extend import core
 
 LIVE, FREE, FROZEN = 0, 1, 2
 DATA, CONSTANT = -2, -1
@@ -161,3 +162,57 @@ def _first_notes(
         index = [reasons.setdefault(reason, len(reasons)) for _, reason in notes][::-1]
         first[parent[atoms]] = np.repeat(index, [len(atoms) for atoms, _ in reversed(notes)])
     return first
+
+
+Rule = Callable[[Atoms, core.JaxprEqn, Sequence[Value]], Sequence[Value]]
+"""What an equation ties together, and what comes out of it."""
+
+
+def source_of(values: Sequence[Value]) -> int:
+    """The one leaf that the values come from, else ``DATA``, or ``CONSTANT`` for none at all."""
+    sources = {value.source for value in values} - {CONSTANT}
+    return CONSTANT if not sources else sources.pop() if len(sources) == 1 else DATA
+
+
+def literal(number: Any) -> Value:
+    """A number in the text of the program."""
+    return Value((), (), number, CONSTANT)
+
+
+def freeze_all(atoms: Atoms, values: Sequence[Value], reason: str) -> None:
+    """Nothing that these values carry may go."""
+    for value in values:
+        for axis in value.axes:
+            atoms.freeze(axis, reason)
+
+
+def unknown(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    """Whatever the equation does, it sees everything at full size."""
+    reason = f"unknown primitive {eqn.primitive.name}"
+    freeze_all(atoms, ins, reason)
+    return [
+        atoms.value(shape_of(var), FROZEN, reason, source=source_of(ins)) for var in eqn.outvars
+    ]
+
+
+def shape_of(var: Any) -> tuple[int, ...]:
+    """The full shape of a variable; empty for what is no array."""
+    return tuple(getattr(var.aval, "shape", ()))
+
+
+def opaque(reason: str) -> Rule:
+    """A rule that freezes everything, for a reason."""
+
+    def rule(atoms, eqn, ins):
+        freeze_all(atoms, ins, reason)
+        return [
+            atoms.value(shape_of(var), FROZEN, reason, source=source_of(ins)) for var in eqn.outvars
+        ]
+
+    return rule
+
+
+def take_axes(value: Value, order: Sequence[int]) -> Value:
+    """The value with these axes, in this order."""
+    axes, zero = tuple(value.axes[a] for a in order), tuple(value.zero[a] for a in order)
+    return Value(axes, zero, value.const, value.source)

@@ -7,11 +7,23 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jaxprune import _couple, _jaxpr
-from jaxprune._atoms import CONSTANT, DATA, FREE, FROZEN, Atoms, Value
+from jaxprune import _couple_moves, _couple_sums, _jaxpr
+from jaxprune._atoms import (
+    CONSTANT,
+    DATA,
+    FREE,
+    FROZEN,
+    Atoms,
+    Value,
+    literal,
+    shape_of,
+    source_of,
+    unknown,
+)
 
 CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_lin"))
 REMATS = frozenset(("checkpoint", "remat", "remat2"))
+_RULES = _couple_moves.RULES | _couple_sums.RULES
 CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
 
 
@@ -36,13 +48,13 @@ def read(
     jaxpr = closed.jaxpr
     values: dict[Any, Value] = dict(zip(jaxpr.invars, ins, strict=True))
     for var in jaxpr.constvars:
-        values[var] = atoms.value(_couple.shape_of(var), FREE, source=CONSTANT)
+        values[var] = atoms.value(shape_of(var), FREE, source=CONSTANT)
     scope = Scope(closed, values, {})
 
     def value_of(var):
         if isinstance(var, core.Literal):
             shape = np.shape(var.val)
-            return atoms.value(shape, FREE, source=CONSTANT) if shape else _couple.literal(var.val)
+            return atoms.value(shape, FREE, source=CONSTANT) if shape else literal(var.val)
         return values[var]
 
     for place, eqn in enumerate(jaxpr.eqns):
@@ -53,7 +65,7 @@ def read(
 
 
 def one_equation(eqn: core.JaxprEqn) -> tuple[Callable[..., Any], list[int]]:
-    """An equation that runs a jaxpr as a function of its variables, and the places of these among its inputs."""
+    """An equation that runs a jaxpr as a function of its variables, and their places in it."""
     places = [i for i, var in enumerate(eqn.invars) if not isinstance(var, core.Literal)]
     first = {eqn.invars[i]: i for i in reversed(places)}
     places = sorted(first.values())
@@ -61,7 +73,7 @@ def one_equation(eqn: core.JaxprEqn) -> tuple[Callable[..., Any], list[int]]:
     info = inner.debug_info._replace(
         arg_names=("",) * len(places), result_paths=("",) * len(eqn.outvars)
     )
-    given = [eqn.invars[i] for i in places]
+    given: Any = [eqn.invars[i] for i in places]
     jaxpr = core.Jaxpr((), given, list(eqn.outvars), [eqn], eqn.effects, info)
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ())), places
 
@@ -87,11 +99,9 @@ def derivative(eqn: core.JaxprEqn) -> tuple[core.ClosedJaxpr, list[int], list[in
     ``custom_vjp`` primals and cotangents to cotangents.
     """
     fun, places = one_equation(eqn)
-    avals = [
-        jax.ShapeDtypeStruct(eqn.invars[i].aval.shape, eqn.invars[i].aval.dtype) for i in places
-    ]
+    avals = [_abstract(eqn.invars[i].aval) for i in places]
     smooth = [at for at, aval in enumerate(avals) if is_float(aval)]
-    outs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+    outs = [_abstract(var.aval) for var in eqn.outvars]
     floats = [at for at, aval in enumerate(outs) if is_float(aval)]
 
     def partial(primals):
@@ -144,6 +154,10 @@ def read_derivative(
     return scope, smooth
 
 
+def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
 def is_float(aval: Any) -> bool:
     """Whether it can be differentiated."""
     return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
@@ -161,7 +175,7 @@ def _read_equation(
     if name in CALLS or name in REMATS or name in CUSTOM:
         inner = _jaxpr.called(eqn)
         if inner is None:
-            return _couple.unknown(atoms, eqn, given)
+            return unknown(atoms, eqn, given)
         called, outs = read(atoms, inner, given, rules=rules)
         scope.inner[place] = [called]
         if rules and name in CUSTOM:
@@ -175,7 +189,7 @@ def _read_equation(
         return _read_while(atoms, scope, place, eqn, given, rules)
     if name == "cond":
         return _read_branches(atoms, scope, place, eqn, given, rules)
-    return _couple.RULES.get(name, _couple.unknown)(atoms, eqn, given)
+    return _RULES.get(name, unknown)(atoms, eqn, given)
 
 
 def _read_scan(atoms, scope, place, eqn, given, rules):
@@ -201,7 +215,7 @@ def _read_scan(atoms, scope, place, eqn, given, rules):
     atoms.repeat = before
     stacked = []
     for var, value in zip(eqn.outvars[carried:], outs[carried:], strict=True):
-        length = atoms.fresh(_couple.shape_of(var)[0], FROZEN, "a scan runs along this axis")
+        length = atoms.fresh(shape_of(var)[0], FROZEN, "a scan runs along this axis")
         axes, zero = (length, *value.axes), (False, *value.zero)
         stacked.append(Value(axes, zero, value.const, value.source))
     return [*carry, *stacked]
@@ -261,7 +275,7 @@ def _read_branches(atoms, scope, place, eqn, given, rules):
     for outs in zip(*results, strict=True):
         axes = tuple(atoms.join([out.axes[a] for out in outs]) for a in range(len(outs[0].axes)))
         zero = tuple(all(out.is_zero(a) for out in outs) for a in range(len(axes)))
-        joined.append(Value(axes, zero, None, _couple.source_of(outs)))
+        joined.append(Value(axes, zero, None, source_of(outs)))
     return joined
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxprune import _couple, _jaxpr, _scopes
+from jaxprune import _couple_moves, _jaxpr, _scopes
 from jaxprune._atoms import Atoms, Solution, Value
 from jaxprune._scopes import Scope
 
@@ -102,7 +102,7 @@ def run(scope: Scope, cut: Cut, ins: Sequence[Any]) -> list[Any]:
 
     for place, eqn in enumerate(jaxpr.eqns):
         given = [array_of(var) for var in eqn.invars]
-        before = [scope.values.get(var) for var in eqn.invars if not isinstance(var, core.Literal)]
+        before = [scope.values[var] for var in eqn.invars if not isinstance(var, core.Literal)]
         after = [scope.values[var] for var in eqn.outvars]
         if not any(cut.touches(value) for value in (*before, *after)):
             outs = _as_it_is(eqn, given)
@@ -181,7 +181,7 @@ def _pad(eqn, cut, given, before, after):
     x, filler = given
     for at, config in enumerate(eqn.params["padding_config"]):
         axis = before[0].axes[at]
-        where = _couple.padded_from(len(axis), *config)[_positions(cut, after[0].axes[at])]
+        where = _couple_moves.padded_from(len(axis), *config)[_positions(cut, after[0].axes[at])]
         real = np.flatnonzero(where >= 0)
         low = int(real[0]) if len(real) else len(where)
         high = len(where) - 1 - int(real[-1]) if len(real) else 0
@@ -317,18 +317,18 @@ def _custom(scope, place, eqn, cut, given):
         return run(derived, sub, [*primals, *(moved[a] for a in floats)]), smooth
 
     if eqn.primitive.name == "custom_jvp_call":
-        call = jax.custom_jvp(value)
+        smooth_call = jax.custom_jvp(value)
 
         def forward(primals, tangents):
             results, _ = changes(primals, tangents)
-            y, parts = call(*primals), iter(results)
+            y, parts = smooth_call(*primals), iter(results)
             return y, tuple(
                 next(parts) if _scopes.is_float(out) else np.zeros(out.shape, jax.dtypes.float0)
                 for out in y
             )
 
-        call.defjvp(forward)
-        return call(*(given[i] for i in places))
+        smooth_call.defjvp(forward)
+        return smooth_call(*(given[i] for i in places))
 
     call = jax.custom_vjp(value)
 

@@ -36,8 +36,8 @@ def shrink(
       groups: from ``channel_groups``.
 
     Returns:
-      ``small_apply(small_params, *args)``, which takes any batch size, ``jit``, ``grad`` and ``vmap``,
-      and the small parameters.
+      ``small_apply(small_params, *args)``, which takes any batch size, ``jit``, ``grad`` and
+      ``vmap``, and the small parameters.
 
     Raises:
       ValueError: if the masks remove anything but whole channels, leave nothing between the

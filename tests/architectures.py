@@ -262,7 +262,7 @@ def experts_case():
 
 
 def grouped_case():
-    """Fused qkv, gated halves, padding shortcuts, a strided slice, a reversal, branches and loops."""
+    """Gated halves, padding shortcuts, constants, reversals, branches and loops."""
     shapes = {
         "in": (4, 6),
         "glu": (6, 16),

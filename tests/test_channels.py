@@ -259,7 +259,7 @@ def test_bad_input_is_refused():
         jp.mask_channels(scores, groups, 0.5, floor=-1)
     with pytest.raises(ValueError, match="multiple_of"):
         jp.mask_channels(scores, groups, 0.5, multiple_of=0)
-    with pytest.raises(TypeError, match="groups.where"):
+    with pytest.raises(TypeError, match=r"groups\.where"):
         jp.mask_channels(scores, list(groups), 0.5)
     with pytest.raises(ValueError, match="a: scores have shape"):
         jp.mask_channels({**scores, "a": jnp.ones(3)}, groups, 0.5)

@@ -126,7 +126,7 @@ def test_half_precision_parameters_stay():
 
 
 def test_no_original_array_is_kept_alive():
-    apply, params, x, masks, groups, small_apply, small = shrunk()
+    _, params, x, masks, _, small_apply, small = shrunk()
     watch = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
     del params, masks
     gc.collect()

@@ -1,4 +1,4 @@
-"""Coupled channels, read from a model's jaxpr: which positions of which leaves come and go as one."""
+"""Coupled channels, read from a jaxpr: which positions of which leaves come and go as one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxprune import _scopes, _tree
-from jaxprune._atoms import FROZEN, Atoms, Solution, Value
+from jaxprune._atoms import FROZEN, LIVE, Atoms, Solution, Value
 from jaxprune._scopes import Scope
 from jaxprune._typing import Params
 
@@ -90,6 +90,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     """
 
     def __init__(self, model: Model, chosen: Sequence[int]):
+        """The groups of ``model`` at the places ``chosen``."""
         self.model = model
         self.chosen = tuple(chosen)
 
@@ -149,16 +150,16 @@ def channel_groups(
     A channel is a set of positions along axes of leaves that one hidden unit, filter, head or
     expert occupies: what computes it, what normalises it and what reads it. They are found in the
     equations of the model, so any framework and any layer will do. What an equation makes
-    impossible to remove (the model's inputs and outputs, axes that are sorted or looked up by index,
-    whatever an unknown primitive touches) is frozen, with the reason.
+    impossible to remove (the model's inputs and outputs, axes that are sorted or looked up by
+    index, whatever an unknown primitive touches) is frozen, with the reason.
 
     Args:
       apply: ``apply(params, *args)``; only its equations are read, nothing is computed.
       params: any tree of arrays or ``jax.ShapeDtypeStruct``; batch statistics, integers and random
         keys may be among them. Leaves that are the same array are tied.
       *args: arrays or ``jax.ShapeDtypeStruct``, the other arguments.
-      has_state: whether ``apply`` returns ``(y, updates)``, where updates are new values of leaves of
-        params with the same path (or the end of it).
+      has_state: whether ``apply`` returns ``(y, updates)``, where updates are new values of leaves
+        of params with the same path (or the end of it).
 
     Returns:
       A sequence of ``ChannelGroup``; print it.
@@ -170,7 +171,8 @@ def channel_groups(
       >>> import jax, jax.numpy as jnp, jaxprune as jp
       >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4))}
       >>> apply = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
-      >>> [(g.name, g.size) for g in jp.channel_groups(apply, params, jnp.ones((1, 2))) if not g.frozen]
+      >>> groups = jp.channel_groups(apply, params, jnp.ones((1, 2)))
+      >>> [(g.name, g.size) for g in groups if not g.frozen]
       [('a:1', 3)]
 
     Reference:
@@ -242,9 +244,8 @@ def read_model(
     values = []
     for i, leaf in enumerate(leaves):
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-        kind = {"kind": FROZEN, "reason": "an axis of random keys"} if is_key else {}
-        zero = (not is_key,) * len(leaf.shape)
-        values.append(atoms.value(leaf.shape, **kind, zero=zero, source=i))
+        kind, zero = FROZEN if is_key else LIVE, (not is_key,) * len(leaf.shape)
+        values.append(atoms.value(leaf.shape, kind, "random keys", zero=zero, source=i))
     for first, second in ties:
         _unite_all(atoms, values[first], values[second])
     given = [

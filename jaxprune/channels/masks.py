@@ -80,8 +80,8 @@ def mask_channels(
     ]
     if not eligible and target > 0:
         raise ValueError(
-            "none of these groups may lose a channel: they are frozen, or not exact (print them for "
-            "the reasons; inexact=True admits the latter)"
+            "none of these groups may lose a channel: they are frozen, or not exact (print them "
+            "for the reasons; inexact=True admits the latter)"
         )
     alive = np.ones(int(model.offsets[-1]), bool)
     mine = np.zeros_like(alive)
@@ -111,7 +111,7 @@ def mask_channels(
             block = order[edge : edge + multiple_of]
             blocks.append(start + block)
             keys.append(float(np.mean(values[block])))
-    ranked = [blocks[b] for b in np.lexsort((-np.arange(len(keys)), keys))]
+    ranked = [blocks[b] for b in np.lexsort((-np.arange(len(keys)), np.array(keys)))]
 
     def left(count):
         now = alive.copy()
@@ -281,13 +281,13 @@ def channels_alive(masks: Masks, groups: ChannelGroups) -> np.ndarray:
         mask = np.asarray(jax.device_get(mask))
         if mask.dtype != bool or mask.shape != model.leaves[leaf].shape:
             raise ValueError(
-                f"{path}: the mask is {mask.dtype} of shape {mask.shape}, the grouped leaf has shape "
-                f"{model.leaves[leaf].shape}; use the bool masks of mask_channels"
+                f"{path}: the mask is {mask.dtype} of shape {mask.shape}, the grouped leaf has "
+                f"shape {model.leaves[leaf].shape}; use the bool masks of mask_channels"
             )
         if not mask.all():
             found[leaf] = mask
     slices = {
-        (leaf, axis): mask.any(tuple(a for a in range(mask.ndim) if a != axis))
+        (leaf, axis): np.asarray(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
         for leaf, mask in found.items()
         for axis in range(mask.ndim)
     }
@@ -321,8 +321,8 @@ def _explain(groups: ChannelGroups, leaf: int, slices: Any, alive: np.ndarray) -
             channel = int(torn[0])
             if group.frozen:
                 return (
-                    f"{path}: the mask removes position {int(member.positions[channel, 0])} of axis "
-                    f"{member.axis}, which is frozen ({group.reason}); keep it"
+                    f"{path}: the mask removes position {int(member.positions[channel, 0])} of "
+                    f"axis {member.axis}, which is frozen ({group.reason}); keep it"
                 )
             for other in group.members:
                 entry = slices.get((other.leaf, other.axis))
