@@ -22,7 +22,9 @@ from jaxprune.saliency.accumulate import accumulate, movement
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
-from jaxprune.structures import mask_blocks, mask_groups, mask_n_m
+from jaxprune.structures.n_m import gradual_n_m, mask_n_m
+from jaxprune.structures.transposable import mask_n_m_transposable
+from jaxprune.structures.units import mask_blocks, mask_groups
 from jaxprune.transforms.ac_dc import ac_dc
 from jaxprune.transforms.evolutionary import sparse_evolutionary
 from jaxprune.transforms.gradual import prune_gradually
@@ -49,6 +51,7 @@ __all__ = [
     "fisher",
     "get_masks",
     "gradient_magnitude",
+    "gradual_n_m",
     "granet",
     "keep_params_masked",
     "kernels",
@@ -56,6 +59,7 @@ __all__ = [
     "mask_blocks",
     "mask_groups",
     "mask_n_m",
+    "mask_n_m_transposable",
     "mask_threshold",
     "mask_topk",
     "matching",
