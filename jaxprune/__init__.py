@@ -16,8 +16,11 @@ from jaxprune.masks import (
     straight_through,
     unpack_masks,
 )
+from jaxprune.mixed import Blocks, Groups, Leaf, Weights, mask_mixed
 from jaxprune.oneshot import prune
+from jaxprune.plan import explain
 from jaxprune.report import get_masks, summarize
+from jaxprune.rules import allocate_by_path, mask_by_path, scale_by_path
 from jaxprune.saliency.accumulate import accumulate, movement
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
@@ -38,8 +41,13 @@ from jaxprune.transforms.threshold import prune_below
 from jaxprune.transforms.top_kast import top_kast
 
 __all__ = [
+    "Blocks",
+    "Groups",
+    "Leaf",
+    "Weights",
     "ac_dc",
     "accumulate",
+    "allocate_by_path",
     "allocate_erk",
     "allocate_global",
     "allocate_lamp",
@@ -48,6 +56,7 @@ __all__ = [
     "cubic_sparsity",
     "density",
     "every",
+    "explain",
     "fisher",
     "get_masks",
     "gradient_magnitude",
@@ -57,7 +66,9 @@ __all__ = [
     "kernels",
     "magnitude",
     "mask_blocks",
+    "mask_by_path",
     "mask_groups",
+    "mask_mixed",
     "mask_n_m",
     "mask_n_m_transposable",
     "mask_threshold",
@@ -72,6 +83,7 @@ __all__ = [
     "random_saliency",
     "rewind",
     "rigl",
+    "scale_by_path",
     "select",
     "snip",
     "sparse_evolutionary",

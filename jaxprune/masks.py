@@ -260,6 +260,7 @@ def _apply(f, params: Params, masks: Masks) -> Params:
 
 
 def check_scores(scores: Scores, keep: Counts | None = None) -> None:
+    """Raise unless scores can be ranked and ``keep`` fits them."""
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
             _tree.check_prunable(path, leaf)

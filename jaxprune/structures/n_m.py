@@ -113,6 +113,7 @@ def gradual_n_m(n: int, m: int, *, axis: Any) -> Masking:
             counts,
         )
 
+    mask.__name__ = f"gradual_n_m({n}, {m})"
     return mask
 
 

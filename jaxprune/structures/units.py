@@ -118,6 +118,11 @@ class Units(NamedTuple):
         return tuple(-(-n // t) for n, t in zip(self.shape, self.tile, strict=True))
 
     @property
+    def single(self) -> bool:
+        """Whether every weight is its own unit."""
+        return math.prod(self.tile) == 1
+
+    @property
     def even(self) -> bool:
         """Whether all units have the same size."""
         return not any(n % t for n, t in zip(self.shape, self.tile, strict=True))
@@ -135,6 +140,8 @@ class Units(NamedTuple):
     def score(self, leaf: jax.Array, how: Score) -> jax.Array:
         """One score for each unit."""
         wide = _tree.widen(leaf)
+        if self.single:
+            return wide
         fill = -jnp.inf if how == "max" else 0.0
         pads = [(0, -n % t) for n, t in zip(self.shape, self.tile, strict=True)]
         if not self.even:
@@ -148,6 +155,8 @@ class Units(NamedTuple):
 
     def spread(self, kept: jax.Array) -> jax.Array:
         """A mask of units as a mask of weights."""
+        if self.single:
+            return kept
         split = [part for g in self.grid for part in (g, 1)]
         full = [part for g, t in zip(self.grid, self.tile, strict=True) for part in (g, t)]
         padded = [g * t for g, t in zip(self.grid, self.tile, strict=True)]
