@@ -145,8 +145,8 @@ def _tilings(
     found = []
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
-            pattern = taken[path]
-            unit = default if pattern is None else units[pattern]
+            matched = taken[path]
+            unit = default if matched is None else units[matched]
             found.append((unit, _tiling(path, leaf, unit)))
     return found
 

@@ -85,10 +85,11 @@ def _best_of_patterns(cells: Cells, n: int) -> Cells:
     del n
     tame = [[_finite_or_last(cell) for cell in row] for row in cells]
     rows = [[row[a] + row[b] for a, b in _PAIRS] for row in tame]
-    halves = list(product(range(len(_PAIRS)), repeat=2))
+    halves = [(p, q) for p in range(len(_PAIRS)) for q in range(len(_PAIRS))]
     upper = {(p, q): rows[0][p] + rows[1][q] for p, q in halves}
     lower = {(p, q): rows[2][p] + rows[3][q] for p, q in halves}
-    best = code = None
+    best: Any = None
+    code: Any = None
     for top, bottom in product(halves, repeat=2):
         pattern = [_PAIRS[p] for p in (*top, *bottom)]
         if any(sum(c in pair for pair in pattern) != 2 for c in range(4)):
