@@ -146,8 +146,8 @@ def _tilings(
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
             matched = taken[path]
-            unit = default if matched is None else units[matched]
-            found.append((unit, _tiling(path, leaf, unit)))
+            chosen: Any = default if matched is None else units[matched]
+            found.append((chosen, _tiling(path, leaf, chosen)))
     return found
 
 
