@@ -1,4 +1,4 @@
-"""Smaller models: a CNN on Fashion-MNIST, SmolLM2-135M, and the time that finding groups takes.
+"""Smaller models: a CNN on Fashion-MNIST, and the time that finding groups takes.
 
 ``--part cnn``: conv32-pool-conv64-pool-dense128, batch 128, 3 epochs of Adam 1e-3; then channels
 go until 2, 4 and 10 times fewer operations are left, and dense and shrunk models train one more
@@ -7,7 +7,6 @@ last step, no checkpoint is picked. ``--tune`` trains on 50,000 images and reads
 of the training set, so that recipes can be chosen without the test set.
 
 ``--part time``: channel groups of a 30-layer decoder and a model of ResNet-50's size; tracing.
-
 """
 
 import functools

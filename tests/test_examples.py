@@ -32,6 +32,12 @@ def test_gradient_threshold():
     assert "masks unchanged for 2 epochs" in out
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gradient_threshold"])
+def test_shrink_cnn():
+    out = example("shrink_cnn", "--epochs", 1, "--flops", 0.5)
+    assert "Conv_0/kernel:3" in out
+    assert "shrunk" in out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gradient_threshold", "shrink_cnn"])
 def test_help(name):
     assert "--seed" in example(name, "--help")
