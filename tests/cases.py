@@ -104,10 +104,7 @@ def pairs(full):
     if full:
         return [(m, o) for m in METHODS for o in OPTIMIZERS]
     wide, classic = ("prune_gradually", "rigl"), ("prune_below", "sparse_evolutionary")
-    chosen = {
-        m: OPTIMIZERS if m in wide else OFTEN if m in classic else REQUIRED
-        for m in METHODS
-    }
+    chosen = {m: OPTIMIZERS if m in wide else OFTEN if m in classic else REQUIRED for m in METHODS}
     return [(m, o) for m, optimizers in chosen.items() for o in optimizers]
 
 
