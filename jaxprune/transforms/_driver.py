@@ -12,7 +12,12 @@ from jaxprune._placement import placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
 from jaxprune.saliency.accumulate import memory_of, score
-from jaxprune.transforms._moments import check_restartable, mask_averages, restart
+from jaxprune.transforms._moments import (
+    check_composes,
+    check_restartable,
+    mask_averages,
+    restart,
+)
 
 
 class PruningState(NamedTuple):
@@ -72,6 +77,7 @@ def masked_training(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> PruningState:
+        check_composes(inner, params)
         masks, sparsity = start(params)
         if regrows and jax.tree.leaves(masks):
             check_restartable(inner, params)
