@@ -7,6 +7,9 @@ from jaxprune.allocation import (
     allocate_lamp,
     allocate_uniform,
 )
+from jaxprune.channels.groups import channel_groups
+from jaxprune.channels.masks import mask_channels
+from jaxprune.flops import flops
 from jaxprune.masks import (
     apply_masks,
     density,
@@ -22,6 +25,7 @@ from jaxprune.saliency.accumulate import accumulate, movement
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
+from jaxprune.shrink import shrink, shrink_state
 from jaxprune.structures import mask_blocks, mask_groups, mask_n_m
 from jaxprune.transforms.ac_dc import ac_dc
 from jaxprune.transforms.evolutionary import sparse_evolutionary
@@ -43,10 +47,12 @@ __all__ = [
     "allocate_lamp",
     "allocate_uniform",
     "apply_masks",
+    "channel_groups",
     "cubic_sparsity",
     "density",
     "every",
     "fisher",
+    "flops",
     "get_masks",
     "gradient_magnitude",
     "granet",
@@ -54,6 +60,7 @@ __all__ = [
     "kernels",
     "magnitude",
     "mask_blocks",
+    "mask_channels",
     "mask_groups",
     "mask_n_m",
     "mask_threshold",
@@ -69,6 +76,8 @@ __all__ = [
     "rewind",
     "rigl",
     "select",
+    "shrink",
+    "shrink_state",
     "snip",
     "sparse_evolutionary",
     "sr_ste",

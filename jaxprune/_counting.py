@@ -88,10 +88,3 @@ def byte_plan(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, 
 
 def _divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
-
-
-def varying(x: jax.Array) -> bool:
-    """Whether ``x`` differs between the devices of a ``shard_map``."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    return bool(getattr(kind, "vma", None) or getattr(manual, "varying", None))

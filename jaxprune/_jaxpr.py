@@ -38,8 +38,25 @@ def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(name)
-        if isinstance(inner, core.Jaxpr):
-            inner = core.ClosedJaxpr(inner, ())
-        if isinstance(inner, core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(eqn.invars):
-            return inner
+        if inner is not None and len(closed(inner).jaxpr.invars) == len(eqn.invars):
+            return closed(inner)
     return None
+
+
+def closed(jaxpr: Any) -> core.ClosedJaxpr:
+    """A jaxpr inside an equation, with its constants where it has any."""
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many inputs of a ``scan`` are the same at every turn, and how many are carried.
+
+    What is scanned has one axis more outside than inside.
+    """
+    inner = closed(eqn.params["jaxpr"]).jaxpr
+
+    def scanned(outside, inside):
+        return sum(a.aval.ndim != b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    carried = len(eqn.outvars) - scanned(eqn.outvars, inner.outvars)
+    return len(eqn.invars) - scanned(eqn.invars, inner.invars) - carried, carried

@@ -14,6 +14,14 @@ def explicitly_sharded(x: Any) -> bool:
     return sharding is not None and any(part is not None for part in sharding.spec)
 
 
+def typed_by_mesh(x: Any) -> bool:
+    """Whether the type of ``x`` names mesh axes: explicit sharding, or the inside of shard_map."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    varies = getattr(kind, "vma", None) or getattr(manual, "varying", None)
+    return bool(varies) or explicitly_sharded(x)
+
+
 def placed_like(x: jax.Array, leaf: jax.Array) -> jax.Array:
     """``x``, which does not depend on ``leaf``, sharded as the floating ``leaf`` is."""
     if explicitly_sharded(leaf):

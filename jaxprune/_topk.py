@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _counting, _exact
+from jaxprune import _counting, _exact, _placement
 
 _MAX_LEAF = 2**31 - 1
 _GRAIN = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}
@@ -130,9 +130,9 @@ class _Problem(NamedTuple):
         """The widest bracket: nothing kept at its low end, everything at its high end."""
         shape = jnp.shape(self.sizes) if want is None else want.shape
         key = jnp.zeros(shape, self.dtype)
-        if any(_counting.varying(leaf) for leaf in self.leaves):
-            # Counts of the empty cut, all zero, vary over the axes that the leaves vary over, which
-            # a loop under shard_map requires of its carry.
+        if any(_placement.typed_by_mesh(leaf) for leaf in self.leaves):
+            # Counts of the empty cut are all zero, and have the type that a loop requires of its
+            # carry.
             views = self.views(key, key, jnp.int32(0))
             zero = self.tally(views)
         else:

@@ -76,7 +76,7 @@ def test_continues_in_a_new_process(method, tmp_path):
 def test_another_tree_raises(method):
     tx, p = METHODS[method](), params()
     state = tx.init(p)
-    other = {**p, "head": {"kernel": jnp.ones((16, 6)), "bias": jnp.ones(6)}}
+    other = {**p, "head": {"kernel": jnp.ones((16, 16)), "bias": jnp.ones(16)}}
     with pytest.raises(ValueError, match="head/"):
         tx.update(other, state, other)
 

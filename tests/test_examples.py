@@ -32,6 +32,11 @@ def test_gradient_threshold():
     assert "masks unchanged for 2 epochs" in out
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gradient_threshold"])
+def test_lottery_ticket():
+    out = example("lottery_ticket", "--rounds", 2, "--epochs", 2)
+    assert "40.00%" in out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gradient_threshold", "lottery_ticket"])
 def test_help(name):
     assert "--seed" in example(name, "--help")

@@ -1,0 +1,1 @@
+"""Coupled channels: which there are, and which go."""
