@@ -254,6 +254,18 @@ def test_rewind():
         jp.rewind(late, {**early, "kernel": jnp.ones((2, 2))}, masks)
 
 
+def test_a_traced_sparsity_has_no_name():
+    @jax.jit
+    def kept(sparsity):
+        tx = jp.prune_gradually(optax.sgd(RATE), lambda step: sparsity, when=jp.every(1))
+        params = {"kernel": jnp.asarray(W0)}
+        _, state = tx.update(params, tx.init(params), params)
+        assert list(state.target) == ["traced"]
+        return jp.density(state.masks)
+
+    assert (float(kept(0.5)), float(kept(0.75))) == (0.5, 0.25)
+
+
 def test_bad_numbers():
     adam, always = optax.adam(1e-3), jp.every(1)
     key = jax.random.key(0)

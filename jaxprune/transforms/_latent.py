@@ -46,6 +46,7 @@ def latent_training(
     """
     inner = optax.with_extra_args_support(inner)
     schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
+    goal = _checks.Target(schedule)
     backward = None
     if backward_sparsity is not None:
         name = "backward_sparsity"
@@ -60,6 +61,7 @@ def latent_training(
             step=jnp.zeros((), jnp.int32),
             masks=start,
             sparsity=jnp.zeros((), jnp.float32),
+            target=goal.start(),
             pending=jnp.zeros((), bool),
             memories=(memory_of(saliency, governed),),
             dense=(governed, reach),
@@ -87,6 +89,7 @@ def latent_training(
 
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
+        goal.check(state.target)
         _tree.check_like("the state's masks", state.masks, params)
         dense, reach = state.dense
         everything = _put(dense, params)
@@ -106,6 +109,7 @@ def latent_training(
             step=optax.safe_increment(state.step),
             masks=current,
             sparsity=sparsity,
+            target=state.target,
             pending=pending,
             memories=(memory,),
             dense=(new, reach),
