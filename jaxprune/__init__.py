@@ -19,14 +19,19 @@ from jaxprune.masks import (
     straight_through,
     unpack_masks,
 )
+from jaxprune.mixed import Blocks, Groups, Leaf, Weights, mask_mixed
 from jaxprune.oneshot import prune
+from jaxprune.plan import explain
 from jaxprune.report import get_masks, summarize
+from jaxprune.rules import allocate_by_path, mask_by_path, scale_by_path
 from jaxprune.saliency.accumulate import accumulate, movement
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
 from jaxprune.shrink import shrink, shrink_state
-from jaxprune.structures import mask_blocks, mask_groups, mask_n_m
+from jaxprune.structures.n_m import gradual_n_m, mask_n_m
+from jaxprune.structures.transposable import mask_n_m_transposable
+from jaxprune.structures.units import mask_blocks, mask_groups
 from jaxprune.transforms.ac_dc import ac_dc
 from jaxprune.transforms.evolutionary import sparse_evolutionary
 from jaxprune.transforms.gradual import prune_gradually
@@ -40,8 +45,13 @@ from jaxprune.transforms.threshold import prune_below
 from jaxprune.transforms.top_kast import top_kast
 
 __all__ = [
+    "Blocks",
+    "Groups",
+    "Leaf",
+    "Weights",
     "ac_dc",
     "accumulate",
+    "allocate_by_path",
     "allocate_erk",
     "allocate_global",
     "allocate_lamp",
@@ -51,18 +61,23 @@ __all__ = [
     "cubic_sparsity",
     "density",
     "every",
+    "explain",
     "fisher",
     "flops",
     "get_masks",
     "gradient_magnitude",
+    "gradual_n_m",
     "granet",
     "keep_params_masked",
     "kernels",
     "magnitude",
     "mask_blocks",
+    "mask_by_path",
     "mask_channels",
     "mask_groups",
+    "mask_mixed",
     "mask_n_m",
+    "mask_n_m_transposable",
     "mask_threshold",
     "mask_topk",
     "matching",
@@ -75,6 +90,7 @@ __all__ = [
     "random_saliency",
     "rewind",
     "rigl",
+    "scale_by_path",
     "select",
     "shrink",
     "shrink_state",

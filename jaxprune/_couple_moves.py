@@ -154,6 +154,32 @@ def concatenate(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[
     return [Value(tuple(axes), tuple(zero), const, source_of(ins))]
 
 
+def stack(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    """The operands become positions of a new axis."""
+    at, n = eqn.params["axis"], len(ins[0].axes)
+    axes = [atoms.join([v.axes[a] for v in ins]) for a in range(n)]
+    zero = [all(v.is_zero(a) for v in ins) for a in range(n)]
+    axes.insert(at, atoms.fresh(len(ins), FROZEN, "values are stacked along this axis"))
+    zero.insert(at, False)
+    return [Value(tuple(axes), tuple(zero), None, source_of(ins))]
+
+
+def unstack(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    value, at = ins[0], eqn.params["axis"]
+    atoms.freeze(value.axes[at], "values are stacked along this axis")
+    rest = take_axes(value, [a for a in range(len(value.axes)) if a != at])
+    return [rest] * len(eqn.outvars)
+
+
+def tile(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    del atoms
+    axes = tuple(
+        axis if times == 1 else np.tile(axis, times)
+        for axis, times in zip(ins[0].axes, eqn.params["reps"], strict=True)
+    )
+    return [ins[0]._replace(axes=axes)]
+
+
 def slice_(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
     del atoms
     value = ins[0]
@@ -318,6 +344,10 @@ RULES |= {
     "squeeze": squeeze,
     "reshape": reshape,
     "concatenate": concatenate,
+    "stack": stack,
+    "unstack": unstack,
+    "tile": tile,
+    "empty2": iota,
     "slice": slice_,
     "split": split,
     "rev": rev,
@@ -329,5 +359,6 @@ RULES |= {
     "gather": gather,
 }
 RULES |= {
-    f"scatter{name}": scatter for name in ("", "_add", "_mul", "_min", "_max", "-add", "-mul")
+    f"scatter{name}": scatter
+    for name in ("", "-add", "-sub", "-mul", "-min", "-max", "_add", "_sub", "_mul", "_min", "_max")
 }

@@ -22,19 +22,22 @@ _ZERO_AT_ZERO = frozenset(
     (
         "neg", "abs", "sign", "sqrt", "cbrt", "square", "tanh", "sin", "tan", "asin", "atan",
         "sinh", "asinh", "atanh", "erf", "erf_inv", "expm1", "log1p", "floor", "ceil", "round",
-        "real", "imag", "convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient",
-        "name", "sharding_constraint", "pvary", "mesh_cast", "add", "sub", "add_any", "or", "xor", "atan2",
-        "rem", "complex", "conj", "shift_left", "shift_right_logical", "shift_right_arithmetic",
+        "real", "imag", "convert_element_type", "copy", "copy_p", "reduce_precision",
+        "stop_gradient", "name", "sharding_constraint", "pvary", "mesh_cast", "add", "sub",
+        "add_any", "or", "xor", "atan2", "rem", "complex", "conj", "shift_left",
+        "shift_right_logical", "shift_right_arithmetic",
     )
 )  # fmt: skip
 _BY_CASES = ("mul", "and", "div", "select_n", "integer_pow", "pow", "max", "min", "clamp")
 _NOT_AT_ZERO = (
-    "exp", "exp2", "cos", "acos", "cosh", "acosh", "logistic", "log", "rsqrt", "lgamma", "digamma",
-    "erfc", "is_finite", "not", "eq", "ne", "lt", "le", "gt", "ge", "lt_to", "le_to", "nextafter",
-    "population_count", "clz", "igamma", "igammac", "random_gamma_grad", "bessel_i0e", "bessel_i1e",
-    "polygamma", "regularized_incomplete_beta",
+    "exp", "exp2", "cos", "acos", "cosh", "acosh", "logistic", "log", "log2", "rsqrt", "lgamma",
+    "digamma", "erfc", "is_finite", "not", "eq", "ne", "lt", "le", "gt", "ge", "lt_to", "le_to",
+    "nextafter",
+    "population_count", "clz", "mulhi", "eq_to", "one_minus_square", "zeta", "igamma_grad_a",
+    "igamma", "igammac", "random_gamma_grad", "bessel_i0e", "bessel_i1e", "polygamma",
+    "regularized_incomplete_beta",
 )  # fmt: skip
-_SINGULAR = ("log", "rsqrt", "digamma", "lgamma")
+_SINGULAR = ("log", "log2", "rsqrt", "digamma", "lgamma")
 _SAME_NUMBER = ("convert_element_type", "copy", "copy_p", "stop_gradient", "name", "pvary")
 
 
@@ -74,6 +77,12 @@ def _zero(name: str, eqn: core.JaxprEqn, ins: Sequence[Value], zeros: Sequence[b
             return zeros[1] and numbers[0] <= 0 <= numbers[2]
         return any(zeros) and (max if name == "max" else min)(numbers) == 0
     return name in _ZERO_AT_ZERO and all(zeros)
+
+
+def bitcast(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> Sequence[Value]:
+    """The same bits as numbers of the same width; other widths change the last axis."""
+    same = shape_of(eqn.outvars[0]) == ins[0].shape
+    return elementwise(atoms, eqn, ins) if same else unknown(atoms, eqn, ins)
 
 
 def reduction(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
@@ -204,6 +213,7 @@ RULES |= {f"reduce_{name}": reduction for name in ("sum", "max", "min", "prod", 
 RULES |= {f"reduce_window_{name}": window for name in ("max", "min", "sum")}
 RULES |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}
 RULES |= {
+    "bitcast_convert_type": bitcast,
     "argmax": reduction,
     "argmin": reduction,
     "sort": along("dimension"),

@@ -30,8 +30,16 @@ def placed_like(x: jax.Array, leaf: jax.Array) -> jax.Array:
     return jnp.where(leaf == leaf, x, lax.optimization_barrier(x))
 
 
-def call_in_auto(f: Callable[..., jax.Array], leaf: jax.Array, *rest: Any) -> jax.Array:
-    """``f(leaf, *rest)``, shaped like ``leaf``, with all mesh axes Auto while it runs."""
+def call_in_auto(
+    f: Callable[..., jax.Array], leaf: jax.Array, *rest: Any, small: bool = False
+) -> jax.Array:
+    """``f(leaf, *rest)`` with all mesh axes Auto while it runs; ``small`` results are everywhere.
+
+    A result that is not ``small`` is shaped, and sharded, like ``leaf``.
+    """
     if not explicitly_sharded(leaf):
         return f(leaf, *rest)
-    return jax.sharding.auto_axes(f, out_sharding=jax.typeof(leaf).sharding)(leaf, *rest)
+    sharding = jax.typeof(leaf).sharding
+    if small:
+        sharding = sharding.update(spec=jax.sharding.PartitionSpec())
+    return jax.sharding.auto_axes(f, out_sharding=sharding)(leaf, *rest)

@@ -55,20 +55,23 @@ def top_shared(
     *,
     costs: tuple[int, ...],
     floors: tuple[int, ...],
+    sizes: Sequence[Any] | None = None,
     counts_only: bool = False,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Masks and counts of the best weights of all leaves together; ties to the earlier leaf.
 
     Args:
-      leaves: scores.
+      leaves: scores, of weights or of units.
       budget: what the kept weights may cost; no less than the floors cost.
       costs: of one weight of each leaf, below 2^32.
       floors: the number of weights that each leaf keeps whatever the others score.
+      sizes: for each leaf how many weights its units hold, one number or one for each unit; then
+        the longest ranked prefix of units is kept that the budget pays for.
       counts_only: stop when the counts are known; the masks are then unfinished.
     """
     if not leaves:
         return [], []
-    problem = _whole_leaves(leaves)
+    problem = _whole_leaves(leaves, sizes)
     shared = _Shared(budget, costs, floors)
     state = _search(problem, problem.start(None), shared, counts_only=counts_only)
     return _finish(state), list(state.want.astype(jnp.int32))
@@ -77,14 +80,8 @@ def top_shared(
 @jax.jit
 def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     """Mask of the longest ranked prefix of units whose sizes, together, do not exceed ``keep``."""
-    sizes = sizes.astype(jnp.uint32)
-
-    def count(views):
-        return jnp.sum(views[0].astype(jnp.uint32) * sizes, dtype=jnp.uint32)
-
-    index = _counting.indices(units.shape, tuple(range(units.ndim)))
-    problem = _problem((units,), [index], jnp.sum(sizes, dtype=jnp.uint32), _alone, count)
-    return _finish(_search(problem, problem.start(keep.astype(jnp.uint32))))[0]
+    problem = _whole_leaves((units,), (sizes,))
+    return _finish(_search(problem, problem.start(keep.astype(jnp.uint32)[None])))[0]
 
 
 class _Shared(NamedTuple):
@@ -351,15 +348,30 @@ def _finish(state: _State) -> list[jax.Array]:
     return [view.astype(bool) for view in state.views]
 
 
-def _whole_leaves(leaves: Sequence[jax.Array]) -> _Problem:
+def _whole_leaves(leaves: Sequence[jax.Array], sizes: Sequence[Any] | None = None) -> _Problem:
     leaves = tuple(leaves)
-    sizes = np.array([leaf.size for leaf in leaves])
+
+    weights = [np.uint32(1)] * len(leaves) if sizes is None else list(sizes)
+
+    def number(view, size):
+        if np.ndim(size):
+            return jnp.sum(view.astype(jnp.uint32) * size.astype(jnp.uint32), dtype=jnp.uint32)
+        units = _counting.count(view, tuple(range(view.ndim))).reshape(())
+        return units if sizes is None else units * jnp.asarray(size).astype(jnp.uint32)
+
+    def whole(leaf, size):
+        if np.ndim(size):
+            return jnp.sum(size.astype(jnp.uint32), dtype=jnp.uint32)
+        return np.uint32(leaf.size) * jnp.asarray(size).astype(jnp.uint32)
 
     def count(views):
-        return jnp.stack([_counting.count(v, tuple(range(v.ndim))).reshape(()) for v in views])
+        return jnp.stack(list(map(number, views, weights)))
 
     indices = [_counting.indices(leaf.shape, tuple(range(leaf.ndim))) for leaf in leaves]
-    return _problem(leaves, indices, sizes, list, count)
+    total: Any = np.array([leaf.size for leaf in leaves])
+    if sizes is not None:
+        total = jnp.stack(list(map(whole, leaves, weights)))
+    return _problem(leaves, indices, total, list, count)
 
 
 def _slices(leaf: jax.Array, axes: tuple[int, ...]) -> _Problem:

@@ -164,20 +164,31 @@ def shared_selection(
     The masks come as a list, one for each governed leaf.
     """
     leaves = _governed(scores, sparsity, min_keep)
-    prices = [1] * len(leaves)
-    if costs is not None:
-        prices, leaves = (
-            _prices(scores, costs),
-            list(map(_per_cost, leaves, _numbers(scores, costs))),
-        )
+    prices, leaves = priced(scores, leaves, costs)
     floors = tuple(min(min_keep, leaf.size) for leaf in leaves)
-    everything = sum(price * leaf.size for price, leaf in zip(prices, leaves, strict=True))
-    least = sum(price * floor for price, floor in zip(prices, floors, strict=True))
-    budget = _budget(sparsity, everything, least)
+    budget = priced_budget(sparsity, prices, [leaf.size for leaf in leaves], floors)
     masks, keep = _topk.top_shared(
         leaves, budget, costs=tuple(prices), floors=floors, counts_only=counts_only
     )
     return masks, _unflatten(scores, keep)
+
+
+def priced(
+    scores: Scores, leaves: list[jax.Array], costs: PyTree | None
+) -> tuple[list[int], list[jax.Array]]:
+    """The cost of a weight of each governed leaf as an integer, and scores per cost."""
+    if costs is None:
+        return [1] * len(leaves), leaves
+    return _prices(scores, costs), list(map(_per_cost, leaves, _numbers(scores, costs)))
+
+
+def priced_budget(
+    sparsity: Any, prices: Sequence[int], sizes: Sequence[int], floors: Sequence[int]
+) -> _exact.Limbs:
+    """What the kept weights may cost; no less than what the floors cost."""
+    everything = sum(price * size for price, size in zip(prices, sizes, strict=True))
+    least = sum(price * floor for price, floor in zip(prices, floors, strict=True))
+    return _budget(sparsity, everything, least)
 
 
 def _governed(scores: Scores, sparsity: Any, min_keep: int) -> list[jax.Array]:

@@ -35,7 +35,7 @@ def mask_topk(scores: Scores, keep: Counts, *, axis: Any = None) -> Masks:
       >>> jp.mask_topk({"w": jnp.array([3.0, 1.0, 3.0])}, {"w": 2})["w"].tolist()
       [True, False, True]
     """
-    _check_scores(scores, keep)
+    check_scores(scores, keep)
     if axis is not None:
         return _tree.map_governed_with_path(_topk_along, scores, keep, axis_tree(scores, axis))
     masks = _topk.top(jax.tree.leaves(scores), jax.tree.leaves(_like(scores, keep)))
@@ -72,7 +72,7 @@ def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks
     """
     if _checks.is_concrete(threshold) and np.isnan(float(threshold)):
         raise ValueError("threshold is NaN; give a number")
-    _check_scores(scores)
+    check_scores(scores)
 
     def above(path, leaf, over):
         wide = _tree.widen(leaf)
@@ -259,7 +259,8 @@ def _apply(f, params: Params, masks: Masks) -> Params:
     )
 
 
-def _check_scores(scores: Scores, keep: Counts | None = None) -> None:
+def check_scores(scores: Scores, keep: Counts | None = None) -> None:
+    """Raise unless scores can be ranked and ``keep`` fits them."""
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
             _tree.check_prunable(path, leaf)

@@ -1,6 +1,5 @@
 """What was asked for and what was reached."""
 
-import html
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import _tree
+from jaxprune import _table, _tree
 from jaxprune._typing import Masks, Params, PyTree
 from jaxprune.masks import unpack_masks
 from jaxprune.transforms._driver import PruningState
@@ -119,29 +118,13 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         table = self._table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        left = (0, 1, len(widths) - 1)
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i in left else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return _table.text(table, left=(0, 1, len(table[0]) - 1))
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        head, *body = self._table()
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in body
-        )
-        return f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+        return _table.markup(self._table())
 
     def _table(self) -> list[tuple[str, ...]]:
         wanted = "" if self.requested is None else f"asked for {self.requested:.4%}"

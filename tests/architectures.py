@@ -190,7 +190,17 @@ class Tied(nn.Module):
         return embed.attend(nn.RMSNorm()(x))
 
 
-def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary=13, length=5):
+def decoder(
+    layers=2,
+    width=12,
+    heads=6,
+    shared=3,
+    head=4,
+    hidden=16,
+    vocabulary=13,
+    length=5,
+    interleaved=False,
+):
     """SmolLM2's shape: grouped queries, rotary positions, RMS norms, a gated MLP, a tied head."""
     shapes = {"embed": (vocabulary, width), "norm": (width,)}
     for i in range(layers):
@@ -217,6 +227,9 @@ def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary
     def rotate(x):
         angle = jnp.arange(x.shape[1])[:, None] * 10.0 ** -jnp.arange(0, 1, 2 / head)[None]
         cos, sin = (f(angle)[None, :, None] for f in (jnp.cos, jnp.sin))
+        if interleaved:
+            a, b = x[..., ::2], x[..., 1::2]
+            return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
         a, b = jnp.split(x, 2, -1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -242,8 +255,8 @@ def decoder(layers=2, width=12, heads=6, shared=3, head=4, hidden=16, vocabulary
     return apply, params, tokens
 
 
-def decoder_case():
-    apply, shapes, tokens = decoder()
+def decoder_case(interleaved=False):
+    apply, shapes, tokens = decoder(interleaved=interleaved)
     return Case(apply, randomised(shapes), (tokens,))
 
 
@@ -440,6 +453,7 @@ CASES = {
     "vit": lambda: linen(ViT(), IMAGE),
     "vit training": lambda: linen(ViT(), IMAGE, train=True),
     "decoder": decoder_case,
+    "decoder interleaved": lambda: decoder_case(True),
     "lstm": lambda: linen(Recurrent(nn.OptimizedLSTMCell), SEQUENCE),
     "gru": lambda: linen(Recurrent(nn.GRUCell), SEQUENCE),
     "stacked": lambda: linen(Stacked(), normal(4, 5)),

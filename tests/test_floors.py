@@ -10,6 +10,8 @@ FLOORS = {
     "_typing": 0,
     "_tree": 0,
     "_checks": 0,
+    "_paths": 0,
+    "_table": 0,
     "_counting": 0,
     "_placement": 0,
     "_sums": 0,
@@ -27,6 +29,8 @@ FLOORS = {
     "allocation": 2,
     "masks": 3,
     "structures": 3,
+    "mixed": 4,
+    "rules": 4,
     "oneshot": 4,
     "layerwise": 4,
     "channels": 4,
@@ -34,6 +38,7 @@ FLOORS = {
     "shrink": 5,
     "flops": 5,
     "report": 5,
+    "plan": 5,
     "export": 5,
 }
 

@@ -1,0 +1,1 @@
+"""Masks that hardware likes: N:M, whole slices, blocks."""
