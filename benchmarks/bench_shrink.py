@@ -1,13 +1,12 @@
-"""Smaller models: a CNN on Fashion-MNIST, SmolLM2-135M, and the time that finding groups takes.
+"""Smaller models: a CNN on Fashion-MNIST, and the time that finding groups takes.
 
 ``--part cnn``: conv32-pool-conv64-pool-dense128, batch 128, 3 epochs of Adam 1e-3; then channels
 go until 2, 4 and 10 times fewer operations are left, and dense and shrunk models train one more
 epoch, Adam 1e-3 with a cosine to 0, from the same (shrunk) optimizer state. Test accuracy of the
-last step, no checkpoint is picked. ``--tune`` trains on 50,000 images and reads the other 10,000 of
-the training set, so that recipes can be chosen without the test set.
+last step, no checkpoint is picked. ``--tune`` trains on 50,000 images and reads the other 10,000
+of the training set, so that recipes can be chosen without the test set.
 
 ``--part time``: channel groups of a 30-layer decoder and a model of ResNet-50's size; tracing.
-
 """
 
 import functools

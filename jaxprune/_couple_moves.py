@@ -347,6 +347,7 @@ RULES |= {
     "stack": stack,
     "unstack": unstack,
     "tile": tile,
+    "empty": iota,
     "empty2": iota,
     "slice": slice_,
     "split": split,

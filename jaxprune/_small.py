@@ -236,6 +236,7 @@ _SMALL: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _broadcast,
     "iota": _full_size,
     "random_bits": _full_size,
+    "empty": _full_size,
     "empty2": _full_size,
     "slice": _slice,
     "pad": _pad,

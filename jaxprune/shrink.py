@@ -253,7 +253,7 @@ def _check_connected(small_apply: Callable[..., Any], small: PyTree, model: Mode
         return
     closed = jax.make_jaxpr(small_apply)(jax.tree.unflatten(tree, shapes), *model.args)
     jaxpr = closed.jaxpr
-    reached = {var for var in jaxpr.invars[len(leaves) :] if 0 not in var.aval.shape}
+    reached = {v for v in jaxpr.invars[len(leaves) :] if 0 not in getattr(v.aval, "shape", ())}
     for eqn in jaxpr.eqns:
         if any(not isinstance(var, core.Literal) and var in reached for var in eqn.invars):
             reached |= {var for var in eqn.outvars if 0 not in getattr(var.aval, "shape", ())}

@@ -33,7 +33,8 @@ def randomised(tree, seed=0):
         values = rng.normal(size=leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])) ** 0.8)
         if "var" in jax.tree_util.keystr(path):
             values = np.abs(values) + 0.5
-        out.append(jnp.asarray(values, leaf.dtype))
+        wide = leaf.dtype == jnp.float64  # inputs are float32, whether x64 is on or not
+        out.append(jnp.asarray(values, jnp.float32 if wide else leaf.dtype))
     return jax.tree.unflatten(structure, out)
 
 

@@ -106,10 +106,7 @@ def pairs(full):
     if full:
         return [(m, o) for m in METHODS for o in OPTIMIZERS if (m, o) not in REFUSED]
     wide, classic = ("prune_gradually", "rigl"), ("prune_below", "sparse_evolutionary")
-    chosen = {
-        m: OPTIMIZERS if m in wide else OFTEN if m in classic or "prune" in m else REQUIRED
-        for m in METHODS
-    }
+    chosen = {m: OPTIMIZERS if m in wide else OFTEN if m in classic else REQUIRED for m in METHODS}
     return [(m, o) for m, optimizers in chosen.items() for o in optimizers]
 
 

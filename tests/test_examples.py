@@ -37,6 +37,14 @@ def test_lottery_ticket():
     assert "40.00%" in out
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gradient_threshold", "lottery_ticket"])
+def test_shrink_cnn():
+    out = example("shrink_cnn", "--epochs", 1, "--flops", 0.5)
+    assert "Conv_0/kernel:3" in out
+    assert "shrunk" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "gradient_threshold", "lottery_ticket", "shrink_cnn"]
+)
 def test_help(name):
     assert "--seed" in example(name, "--help")
