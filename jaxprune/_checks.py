@@ -33,3 +33,25 @@ def as_schedule(value: Any, name: str, check: Callable[[Any, str], None]) -> Cal
         return value
     check(value, name)
     return lambda step: jnp.asarray(value, jnp.float32)
+
+
+class Target:
+    """What a schedule comes to in the end, under a name that checkpoints compare."""
+
+    def __init__(self, schedule: Callable[[Any], Any]):
+        with jax.ensure_compile_time_eval():
+            self.value = schedule(np.int32(np.iinfo(np.int32).max))
+        self.name = f"{float(self.value):.6g}" if is_concrete(self.value) else "traced"
+
+    def start(self) -> dict[str, jax.Array]:
+        """The entry of a new state, such as ``{"0.9": 0.9}``, in a buffer of its own."""
+        return {self.name: jnp.array(self.value, jnp.float32, copy=True)}
+
+    def check(self, entry: dict[str, jax.Array]) -> None:
+        """Raise a ``ValueError`` if a state was made for another target."""
+        if list(entry) != [self.name]:
+            raise ValueError(
+                f"the state was made for a target of {', '.join(entry)}, this transform's is "
+                f"{self.name}; restore a checkpoint of the same run, or start anew with "
+                "masks=jp.get_masks(state, params)"
+            )

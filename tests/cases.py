@@ -98,11 +98,13 @@ REGROWING = ("rigl", "sparse_evolutionary", "ac_dc", "granet")
 LATENT = ("train_straight_through", "sr_ste", "top_kast")
 CONSTANT = ("rigl", "sparse_evolutionary")  # the number of kept weights never changes
 
+REFUSED = [(method, "schedule_free") for method in LATENT]
+
 
 def pairs(full):
     """Which (method, optimizer) the laws sweep: all of them, or what fits in CI."""
     if full:
-        return [(m, o) for m in METHODS for o in OPTIMIZERS]
+        return [(m, o) for m in METHODS for o in OPTIMIZERS if (m, o) not in REFUSED]
     wide, classic = ("prune_gradually", "rigl"), ("prune_below", "sparse_evolutionary")
     chosen = {m: OPTIMIZERS if m in wide else OFTEN if m in classic else REQUIRED for m in METHODS}
     return [(m, o) for m, optimizers in chosen.items() for o in optimizers]

@@ -81,6 +81,28 @@ def test_another_tree_raises(method):
         tx.update(other, state, other)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:orbax", "ignore::DeprecationWarning:orbax")
+@pytest.mark.parametrize("method", METHODS)
+def test_another_sparsity_raises(method, tmp_path):
+    p = params()
+    theirs, ours = METHODS[method](0.8), METHODS[method](0.9)
+    state = theirs.init(p)
+    save(tmp_path / "saved", state)
+    with pytest.raises(ValueError, match=r"0\.[89]"):
+        restore(tmp_path / "saved", ours.init(p))
+    with pytest.raises(ValueError, match=r"made for a target of 0\.8, this transform's is 0\.9"):
+        jax.eval_shape(ours.update, p, state, p)
+
+
+def test_a_crash_between_two_saves_loses_only_the_steps_since(tmp_path):
+    tx, p = METHODS["rigl"](), params()
+    saved = train(tx, p, tx.init(p), 0, 4)
+    save(tmp_path / "saved", saved)
+    lost = train(tx, *saved, 4, 7)
+    resumed = train(tx, *restore(tmp_path / "saved", saved), 4, 7)
+    chex.assert_trees_all_equal(resumed, lost)
+
+
 if __name__ == "__main__":
     method, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     tx = METHODS[method]()

@@ -218,6 +218,29 @@ def test_what_the_model_sees_is_the_masked_dense_weight_to_the_bit(method, dtype
     assert float(params["bias"][0]) < 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("method", [jp.train_straight_through, jp.top_kast])
+def test_what_the_model_sees_is_exact_where_the_compiler_fuses(method, dtype):
+    """The tests compile without optimization; users do not, and products fuse with sums there."""
+    tx = method(optax.sgd(0.03, momentum=0.9), 0.6, when=jp.every(3))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"kernel": jnp.asarray(W0, dtype)}
+    state = tx.init(params)
+    grads = [{"kernel": jnp.asarray(g, dtype)} for g in GRADS]
+    options = {"xla_backend_optimization_level": 3}
+    compiled = jax.jit(step).lower(params, state, grads[0]).compile(options)
+    for g in grads:
+        params, state = compiled(params, state, g)
+        shown = jnp.where(state.masks["kernel"], state.dense[0]["kernel"], jnp.zeros((), dtype))
+        np.testing.assert_array_equal(
+            np.asarray(params["kernel"], np.float32), np.asarray(shown, np.float32)
+        )
+
+
 def test_rewind():
     early = {"kernel": jnp.asarray(W0), "bias": jnp.arange(3.0)}
     late = jax.tree.map(lambda p: p + 1, early)
@@ -229,6 +252,18 @@ def test_rewind():
         jp.rewind(late, {**early, "kernel": early["kernel"].astype(jnp.bfloat16)}, masks)
     with pytest.raises(ValueError, match="kernel: early_params has shape"):
         jp.rewind(late, {**early, "kernel": jnp.ones((2, 2))}, masks)
+
+
+def test_a_traced_sparsity_has_no_name():
+    @jax.jit
+    def kept(sparsity):
+        tx = jp.prune_gradually(optax.sgd(RATE), lambda step: sparsity, when=jp.every(1))
+        params = {"kernel": jnp.asarray(W0)}
+        _, state = tx.update(params, tx.init(params), params)
+        assert list(state.target) == ["traced"]
+        return jp.density(state.masks)
+
+    assert (float(kept(0.5)), float(kept(0.75))) == (0.5, 0.25)
 
 
 def test_bad_numbers():

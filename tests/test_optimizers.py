@@ -10,6 +10,7 @@ import pytest
 from cases import (
     CONSTANT,
     EXACT,
+    LATENT,
     METHODS,
     OPTIMIZERS,
     REGROWING,
@@ -86,6 +87,35 @@ def compare_where_grown(state, fresh, grown, p):
 def test_unmatchable_optimizers_are_refused(method, inner):
     with pytest.raises(ValueError, match="cannot be matched"):
         METHODS[method](inner, 0.5).init(params())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lookahead_is_refused(method):
+    """Its slow weights are parameters that no mask reaches."""
+    inner = optax.lookahead(optax.sgd(0.1), 3, 0.5)
+    for p in (params(), optax.LookaheadParams.init_synced(params())):
+        with pytest.raises(ValueError, match="lookahead keeps a second"):
+            METHODS[method](inner, 0.5).init(p)
+
+
+@pytest.mark.parametrize("method", LATENT)
+def test_schedule_free_is_refused_where_weights_are_dense(method):
+    with pytest.raises(ValueError, match="schedule-free optimizers are evaluated"):
+        METHODS[method](OPTIMIZERS["schedule_free"](), 0.5).init(params())
+
+
+@pytest.mark.parametrize("method", ["prune_gradually", "rigl"])
+def test_schedule_free_for_a_part_of_the_weights(method):
+    inner = optax.partition(
+        {"wide": optax.contrib.schedule_free_adamw(0.01), "rest": optax.sgd(0.05)},
+        lambda p: jax.tree.map(lambda w: "wide" if w.ndim > 1 else "rest", p),
+    )
+    p, state, _ = run(METHODS[method](inner, 0.7), params(), 12)
+    masks = jp.get_masks(state, p)
+    dead_are_zero(p, masks)
+    averages = state.inner_state.inner_states["wide"].inner_state.z
+    for layer in ("conv", "dense", "head"):
+        dead_are_zero(averages[layer]["kernel"], masks[layer]["kernel"])
 
 
 def test_sm3_prunes():

@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _tree
+from jaxprune import _checks, _tree
 from jaxprune._placement import placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
 from jaxprune.saliency.accumulate import memory_of, score
-from jaxprune.transforms._moments import check_restartable, mask_averages, restart
+from jaxprune.transforms._moments import (
+    check_composes,
+    check_restartable,
+    mask_averages,
+    restart,
+)
 
 
 class PruningState(NamedTuple):
@@ -22,6 +27,8 @@ class PruningState(NamedTuple):
       step: updates done so far, int32.
       masks: bool like the parameters (uint8 if packed), ``None`` where not governed.
       sparsity: the fraction last asked for, float32; NaN where a threshold decides.
+      target: the fraction asked for in the end, under its own name, so that a checkpoint of a run
+        at another sparsity does not fit.
       pending: whether a mask update met NaN and is to be tried again.
       memories: of the criteria that have one.
       dense: what a method that trains dense weights keeps besides the visible ones.
@@ -31,6 +38,7 @@ class PruningState(NamedTuple):
     step: jax.Array
     masks: Masks
     sparsity: jax.Array
+    target: dict[str, jax.Array]
     pending: jax.Array
     memories: tuple[PyTree, ...]
     dense: PyTree
@@ -51,6 +59,7 @@ def masked_training(
     when: Trigger,
     criteria: Sequence[Saliency],
     keys: Callable[[jax.Array], Any],
+    target: optax.Schedule,
     regrows: bool,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -66,12 +75,15 @@ def masked_training(
       when: the updates at which masks are proposed.
       criteria: saliencies, each with or without a memory.
       keys: ``step -> keys``, one for each criterion.
+      target: the sparsity over time, or what else a checkpoint must agree with.
       regrows: whether weights may come back; the optimizer is then checked in ``init``.
       packed: store the masks one bit a weight.
     """
     inner = optax.with_extra_args_support(inner)
+    goal = _checks.Target(target)
 
     def init(params: Params) -> PruningState:
+        check_composes(inner, params)
         masks, sparsity = start(params)
         if regrows and jax.tree.leaves(masks):
             check_restartable(inner, params)
@@ -80,6 +92,7 @@ def masked_training(
             step=jnp.zeros((), jnp.int32),
             masks=pack_masks(masks) if packed else masks,
             sparsity=jnp.asarray(sparsity, jnp.float32),
+            target=goal.start(),
             pending=jnp.zeros((), bool),
             memories=tuple(memory_of(criterion, governed) for criterion in criteria),
             dense=(),
@@ -108,6 +121,7 @@ def masked_training(
 
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
+        goal.check(state.target)
         old = unpack_masks(state.masks, params) if packed else state.masks
         _tree.check_like("the state's masks", old, params)
         governed = _tree.map_governed(lambda _, p: p, old, params)
@@ -127,6 +141,7 @@ def masked_training(
             step=optax.safe_increment(state.step),
             masks=pack_masks(current) if packed else current,
             sparsity=sparsity,
+            target=state.target,
             pending=pending,
             memories=memories,
             dense=(),
@@ -143,6 +158,7 @@ def shrinking(
     when: Trigger,
     saliency: Saliency,
     prunable: Prunable,
+    target: optax.Schedule,
     masks: Masks | None = None,
     key: jax.Array | None = None,
     packed: bool = False,
@@ -161,6 +177,7 @@ def shrinking(
         when=when,
         criteria=(saliency,),
         keys=lambda step: (key_at(key, step),),
+        target=target,
         regrows=False,
         packed=packed,
     )

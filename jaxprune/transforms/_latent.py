@@ -19,6 +19,7 @@ from jaxprune.transforms._driver import (
     key_at,
     starting_masks,
 )
+from jaxprune.transforms._moments import check_composes
 
 Adjust = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """``adjust(gradient, dense weight, mask, reach) -> gradient`` that the inner optimizer sees."""
@@ -45,12 +46,14 @@ def latent_training(
     """
     inner = optax.with_extra_args_support(inner)
     schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
+    goal = _checks.Target(schedule)
     backward = None
     if backward_sparsity is not None:
         name = "backward_sparsity"
         backward = _checks.as_schedule(backward_sparsity, name, _checks.check_sparsity)
 
     def init(params):
+        check_composes(inner, params, latent=True)
         start = starting_masks(params, prunable, masks)
         governed = _tree.map_governed(lambda _, p: jnp.array(p, copy=True), start, params)
         reach = () if backward is None else starting_masks(params, prunable)
@@ -58,6 +61,7 @@ def latent_training(
             step=jnp.zeros((), jnp.int32),
             masks=start,
             sparsity=jnp.zeros((), jnp.float32),
+            target=goal.start(),
             pending=jnp.zeros((), bool),
             memories=(memory_of(saliency, governed),),
             dense=(governed, reach),
@@ -85,6 +89,7 @@ def latent_training(
 
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
+        goal.check(state.target)
         _tree.check_like("the state's masks", state.masks, params)
         dense, reach = state.dense
         everything = _put(dense, params)
@@ -99,10 +104,12 @@ def latent_training(
         before = (state.masks, reach, state.sparsity)
         found, memory = decide(before, state.pending, state.step, state.memories[0], new, grads)
         current, reach, sparsity, pending = found
-        return _show(moves, params, dense, new, current), PruningState(
+        shown, new = _show(moves, params, new, current)
+        return shown, PruningState(
             step=optax.safe_increment(state.step),
             masks=current,
             sparsity=sparsity,
+            target=state.target,
             pending=pending,
             memories=(memory,),
             dense=(new, reach),
@@ -126,18 +133,30 @@ def _put(governed: PyTree, tree: PyTree) -> PyTree:
     )
 
 
-def _show(moves: PyTree, params: PyTree, old: PyTree, new: PyTree, masks: Masks) -> PyTree:
-    """Updates after which the model's weights are exactly ``masks * new``.
+def _show(moves: PyTree, params: PyTree, new: PyTree, masks: Masks) -> tuple[PyTree, PyTree]:
+    """Updates that leave ``masks * dense`` in the model, and the dense weights.
 
-    Where the model shows the dense weight already, the move itself: adding it does to both what
-    rounding does. A weight that appears is added to zero.
+    ``p + (w - p)`` need not be w: a visible dense weight is what that sum really is, within half an
+    ulp of p. The difference is no product, which a compiler could fuse with the sum into another
+    value, and is rounded here, since it may be kept wider than its type.
     """
 
-    def emit(u, p, d, w, m):
-        if d is None or u is None or p is None:
+    def emit(u, p, w, m):
+        if w is None or u is None or p is None:
             return u
         dtype = common_type(u, p)
-        u, p, d, w = (x.astype(dtype) for x in (u, p, d, w))
-        return jnp.where(m, jnp.where((p == d) & (d + u == w), u, w - p), -p)
+        return jnp.where(m, _rounded(w.astype(dtype) - p.astype(dtype)), -p.astype(dtype))
 
-    return jax.tree.map(emit, moves, params, old, new, masks, is_leaf=_tree.is_none)
+    def land(p, w, e, m):
+        seen = _rounded((p.astype(e.dtype) + e).astype(p.dtype))
+        return jnp.where(m, seen, w)
+
+    emitted = jax.tree.map(emit, moves, params, new, masks, is_leaf=_tree.is_none)
+    shown = _tree.map_governed(lambda w, e: e, new, emitted)
+    visible = _tree.map_governed(lambda w, p: p, new, params)
+    return emitted, _tree.map_governed(land, visible, new, shown, masks)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)

@@ -9,7 +9,7 @@ import optax
 
 from jaxprune import _tree
 from jaxprune._typing import Masks, Params, PyTree
-from jaxprune.masks import zero_where_pruned
+from jaxprune.masks import where_kept
 
 
 class _Pair:
@@ -82,16 +82,45 @@ def mask_averages(state: optax.OptState, masks: Masks) -> optax.OptState:
     def visit(node):
         if not isinstance(node, optax.contrib.ScheduleFreeState):
             return node
-        return node._replace(z=zero_where_pruned(node.z, masks))
+        return node._replace(z=jax.tree.map(settle, node.z, masks, is_leaf=_is_absent))
 
-    return jax.tree.map(
-        visit, state, is_leaf=lambda n: isinstance(n, optax.contrib.ScheduleFreeState)
+    def settle(z, m):
+        return z if _is_absent(z) or m is None else where_kept(z, m)
+
+    return jax.tree.map(visit, state, is_leaf=_is_average)
+
+
+def check_composes(
+    inner: optax.GradientTransformation, params: Params, *, latent: bool = False
+) -> None:
+    """Raise a ``ValueError`` if pruned weights could not stay zero around this optimizer."""
+    nodes = jax.tree.leaves(
+        jax.eval_shape(inner.init, params),
+        is_leaf=lambda n: _is_average(n) or isinstance(n, optax.LookaheadState),
     )
+    if any(isinstance(node, optax.LookaheadState) for node in nodes):
+        raise ValueError(
+            "lookahead keeps a second, slow copy of the parameters, which a pruning transform does "
+            "not mask; use the optimizer without lookahead"
+        )
+    if latent and any(_is_average(node) for node in nodes):
+        raise ValueError(
+            "schedule-free optimizers are evaluated at an average of dense weights, which is not "
+            "zero where the model's are; use prune_gradually, or an optimizer with a schedule"
+        )
 
 
 class _Named:
     def __init__(self, path: str, shape: tuple[int, ...]):
         self.path, self.shape = path, shape
+
+
+def _is_average(value: PyTree) -> bool:
+    return isinstance(value, optax.contrib.ScheduleFreeState)
+
+
+def _is_absent(value: PyTree) -> bool:
+    return value is None or _is_masked(value)
 
 
 def _is_masked(value: PyTree) -> bool:

@@ -102,5 +102,6 @@ def ac_dc(
         when=when,
         criteria=(saliency,),
         keys=lambda step: (key_at(key, step),),
+        target=lambda step: sparsity,
         regrows=True,
     )

@@ -84,6 +84,7 @@ def prune_gradually(
         when=when,
         saliency=saliency,
         prunable=prunable,
+        target=schedule,
         masks=masks,
         key=key,
         packed=packed,

@@ -83,5 +83,6 @@ def granet(
         when=when,
         criteria=(drop, grow),
         keys=lambda step: jax.random.split(jax.random.fold_in(key, step)),
+        target=schedule,
         regrows=True,
     )

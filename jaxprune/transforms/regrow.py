@@ -101,6 +101,7 @@ def prune_and_grow(
         when=when,
         criteria=(drop, grow),
         keys=lambda step: jax.random.split(jax.random.fold_in(key, step + 1)),
+        target=lambda step: sparsity,
         regrows=True,
     )
 

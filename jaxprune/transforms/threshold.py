@@ -72,7 +72,9 @@ def prune_below(
         new = _tree.map_governed(lambda k, b, m: (k | b) & m, kept, best, old)
         return new, jnp.asarray(jnp.nan, jnp.float32)  # no sparsity was asked for
 
-    return shrinking(inner, remask, when=when, saliency=saliency, prunable=prunable)
+    return shrinking(
+        inner, remask, when=when, saliency=saliency, prunable=prunable, target=schedule
+    )
 
 
 def _best(scores, min_keep: int, axes: Any):
