@@ -368,7 +368,7 @@ def _whole_leaves(leaves: Sequence[jax.Array], sizes: Sequence[Any] | None = Non
         return jnp.stack(list(map(number, views, weights)))
 
     indices = [_counting.indices(leaf.shape, tuple(range(leaf.ndim))) for leaf in leaves]
-    total = np.array([leaf.size for leaf in leaves])
+    total: Any = np.array([leaf.size for leaf in leaves])
     if sizes is not None:
         total = jnp.stack(list(map(whole, leaves, weights)))
     return _problem(leaves, indices, total, list, count)

@@ -146,7 +146,7 @@ def _tilings(
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
             pattern = taken[path]
-            unit = default if pattern is None else units[pattern]
+            unit: Any = default if pattern is None else units[pattern]
             found.append((unit, _tiling(path, leaf, unit)))
     return found
 
