@@ -131,8 +131,8 @@ def _tilings(
     scores: Scores, units: Mapping[str, Unit], default: Unit | None
 ) -> list[tuple[Unit, Units]]:
     """The unit of each governed leaf, and how the leaf falls into such units."""
-    for pattern, unit in units.items():
-        _check_unit(f"rule {pattern!r}", unit)
+    for pattern, rule in units.items():
+        _check_unit(f"rule {pattern!r}", rule)
     if default is not None:
         _check_unit("default", default)
     taken = _paths.match(scores, units)
@@ -145,8 +145,8 @@ def _tilings(
     found = []
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
-            pattern = taken[path]
-            unit: Any = default if pattern is None else units[pattern]
+            chosen = taken[path]
+            unit: Any = default if chosen is None else units[chosen]
             found.append((unit, _tiling(path, leaf, unit)))
     return found
 

@@ -1,6 +1,6 @@
 """N:M, groups and blocks against brute force and NumPy loops; under jit, transforms and meshes."""
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +286,7 @@ def test_under_transforms(name):
         for _, mask in path:
             check_structure(name, mask)
     else:
-        for (_, before), (_, after) in zip(path, path[1:], strict=False):
+        for (_, before), (_, after) in pairwise(path):
             assert (after <= before).all()
         counts = [mask.sum() for _, mask in path]
         assert wanted < counts[3] < SHAPE[0] * SHAPE[1]
