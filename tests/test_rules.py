@@ -173,11 +173,11 @@ def test_the_plan_of_mixed_units_by_granularity():
 @pytest.mark.parametrize(
     "combine",
     [
-        lambda rules: jp.allocate_by_path({p: 0.5 for p in rules})(SCORES, 0.5),
-        lambda rules: jp.mask_by_path({p: jp.mask_topk for p in rules})(
+        lambda rules: jp.allocate_by_path(dict.fromkeys(rules, 0.5))(SCORES, 0.5),
+        lambda rules: jp.mask_by_path(dict.fromkeys(rules, jp.mask_topk))(
             SCORES, jp.allocate_uniform(SCORES, 0.5)
         ),
-        lambda rules: jp.scale_by_path({p: 2.0 for p in rules})(SCORES),
+        lambda rules: jp.scale_by_path(dict.fromkeys(rules, 2.0))(SCORES),
         lambda rules: jp.mask_mixed(
             SCORES, 0.5, {p: jp.Weights() for p in rules}, default=jp.Weights()
         ),
@@ -186,9 +186,7 @@ def test_the_plan_of_mixed_units_by_granularity():
 def test_rules_that_cannot_apply(combine):
     with pytest.raises(ValueError, match=r"'mpl' matches none of .*attention/kernel, .*mlp/kernel"):
         combine(["mpl"])
-    with pytest.raises(
-        ValueError, match=r"'mlp' can never apply: .*'block'.* mlp/kernel|can never"
-    ):
+    with pytest.raises(ValueError, match=r"'mlp' can never apply: .*'block'.*mlp/kernel"):
         combine(["block", "mlp"])
     with pytest.raises(ValueError, match=r"embed/embedding, not governed"):
         combine(["embed"])
