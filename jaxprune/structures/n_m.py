@@ -1,7 +1,6 @@
 """N:M: n of every m neighbours, at once or gradually."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _counting, _placement, _topk, _tree
+from jaxprune import _counting, _loops, _placement, _topk, _tree
 from jaxprune._typing import Counts, Masking, Masks, Scores
 from jaxprune.masks import axis_tree, check_scores, mask_topk, resolve_axes
 
@@ -191,7 +190,7 @@ def _words(spans: jax.Array, n: int, m: int, axis: int) -> list[jax.Array]:
 def _words_apart(spans: jax.Array, n: int, m: int, axis: int) -> list[jax.Array]:
     """The words, which no byte of them then computes again."""
     first = _counting.order(spans[(0,) * spans.ndim].astype(jnp.float32), jnp.uint32)
-    return _apart(lambda x: _words(x, n, m, axis), spans, first)
+    return _loops.apart(lambda x: _words(x, n, m, axis), spans, first)
 
 
 def _join(words: list[jax.Array], span: int, axis: int) -> jax.Array:
@@ -204,18 +203,5 @@ def _join_minor(words: list[jax.Array], span: int, axis: int) -> jax.Array:
     """The verdicts from their words, where these already lie as bytes do."""
     line = words[0]
     if len(words) > 1:
-        line = _apart(lambda w: jnp.stack(w, axis), words, line[(0,) * line.ndim])
+        line = _loops.apart(lambda w: jnp.stack(w, axis), words, line[(0,) * line.ndim])
     return lax.bitcast_convert_type(line, jnp.uint8).reshape(*words[0].shape, span) != 0
-
-
-def _apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
-    """``f(x)`` from a loop of its own, whatever reads it.
-
-    The CPU compiler fuses loops even where every element is then computed many times. Only a branch
-    decided at run time keeps it from that: ``known`` is never 2^32 - 1, which no compiler knows.
-    """
-
-    def never(x):
-        return jax.tree.map(jnp.zeros_like, f(x))
-
-    return lax.cond(known != np.uint32(0xFFFFFFFF), f, never, x)
