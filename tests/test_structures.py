@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import KEY, stepper
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,28 +59,31 @@ def test_n_m_of_what_is_not_finite(dtype, axis):
         assert set(np.flatnonzero(row)) == set(want), (score, row)
 
 
-@given(st.data())
-def test_gradual_n_m_keeps_its_budget_and_the_survivors(data):
-    m = data.draw(st.integers(1, 5))
-    n = data.draw(st.integers(0, m))
-    axis = data.draw(st.sampled_from([0, 1, -1]))
-    leaf = {"w": scores_of((2 * m, 3 * m), data.draw(st.integers(0, 99)), ties=True)}
+@pytest.mark.parametrize(
+    ("n", "m", "axis"), [(2, 4, 0), (1, 3, -1), (0, 2, 1), (3, 3, 0), (1, 1, -2)]
+)
+def test_gradual_n_m_keeps_its_budget_and_the_survivors(n, m, axis):
+    leaf = {"w": scores_of((2 * m, 3 * m), m, ties=True)}
     full = np.asarray(jp.mask_n_m(leaf, n, m, axis=axis)["w"])
-    masking = jp.gradual_n_m(n, m, axis=axis)
-    last = np.zeros(leaf["w"].shape, bool)
-    for keep in sorted(
-        {0, 1, full.sum() - 1, full.sum(), full.sum() + 1, full.size - 1, full.size}
-    ):
+    masking = jax.jit(jp.gradual_n_m(n, m, axis=axis))
+    last, some = np.zeros(leaf["w"].shape, bool), full.sum()
+    for keep in sorted({0, 1, some - 1, some, some + 1, full.size - 1, full.size}):
         if not 0 <= keep <= full.size:
             continue
-        mask = np.asarray(masking(leaf, {"w": int(keep)})["w"])
+        mask = np.asarray(masking(leaf, {"w": np.int32(keep)})["w"])
         assert mask.sum() == keep
         assert (last <= mask).all()
-        assert (mask <= full).all() if keep <= full.sum() else (full <= mask).all()
-        inside = full if keep <= full.sum() else ~full
+        assert (mask <= full).all() if keep <= some else (full <= mask).all()
+        inside = full if keep <= some else ~full
         chosen, left = leaf["w"][inside & mask], leaf["w"][inside & ~mask]
         assert not chosen.size or not left.size or chosen.min() >= left.max()
         last = mask
+
+
+def test_gradual_n_m_counts_what_is_not_finite():
+    leaf = {"w": np.float32([np.nan, -np.inf, np.nan, 1.0, np.inf, np.inf, np.inf, np.nan])}
+    for keep in range(9):
+        assert int(jp.gradual_n_m(2, 4, axis=0)(leaf, {"w": keep})["w"].sum()) == keep
 
 
 def valid_patterns(n, m):
@@ -150,6 +153,7 @@ def best_prefix(units, keep):
     return kept
 
 
+@settings(max_examples=12)
 @given(st.data())
 def test_groups_by_loop(data):
     shape = data.draw(st.sampled_from([(6, 8), (3, 4, 6), (2, 3, 2, 4)]))
@@ -179,6 +183,7 @@ def test_groups_by_loop(data):
 
 
 @pytest.mark.parametrize("score", ["mean", "sum", "max"])
+@settings(max_examples=8)
 @given(data=st.data())
 def test_blocks_by_loop(score, data):
     shape = data.draw(st.sampled_from([(5, 7), (4, 6), (2, 5, 3), (3, 2, 4, 5)]))

@@ -219,7 +219,6 @@ def _mask_units(leaf: jax.Array, keep: Any, units: Units, how: Score) -> jax.Arr
 
     def mask(leaf, keep):
         scores = units.score(leaf, how)
-        sizes = jnp.broadcast_to(units.sizes(), scores.shape)
-        return units.spread(_topk.top_units(scores, sizes, keep))
+        return units.spread(_topk.top_units(scores, units.sizes(), keep))
 
     return _placement.call_in_auto(mask, leaf, jnp.asarray(keep).astype(jnp.int32))
