@@ -131,8 +131,8 @@ def _tilings(
     scores: Scores, units: Mapping[str, Unit], default: Unit | None
 ) -> list[tuple[Unit, Units]]:
     """The unit of each governed leaf, and how the leaf falls into such units."""
-    for pattern, unit in units.items():
-        _check_unit(f"rule {pattern!r}", unit)
+    for pattern, rule in units.items():
+        _check_unit(f"rule {pattern!r}", rule)
     if default is not None:
         _check_unit("default", default)
     taken = _paths.match(scores, units)
@@ -145,9 +145,9 @@ def _tilings(
     found = []
     for path, leaf in _tree.leaves_with_paths(scores):
         if leaf is not None:
-            matched = taken[path]
-            chosen: Any = default if matched is None else units[matched]
-            found.append((chosen, _tiling(path, leaf, chosen)))
+            chosen = taken[path]
+            unit: Any = default if chosen is None else units[chosen]
+            found.append((unit, _tiling(path, leaf, unit)))
     return found
 
 

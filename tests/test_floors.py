@@ -10,6 +10,7 @@ FLOORS = {
     "_typing": 0,
     "_tree": 0,
     "_checks": 0,
+    "_loops": 0,
     "_paths": 0,
     "_table": 0,
     "_counting": 0,

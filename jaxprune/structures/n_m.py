@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxprune import _placement, _tree
+from jaxprune import _counting, _loops, _placement, _topk, _tree
 from jaxprune._typing import Counts, Masking, Masks, Scores
 from jaxprune.masks import axis_tree, check_scores, mask_topk, resolve_axes
+
+_MOST_PAIRS = 16  # Programs grow with the pairs in a group: larger ones are searched by counting.
 
 
 def mask_n_m(scores: Scores, n: int, m: int, *, axis: Any) -> Masks:
@@ -134,18 +137,71 @@ def check_divides(path: str, leaf: Any, axes: tuple[int, ...], m: int) -> None:
 
 
 def _n_of_m(leaf: jax.Array, n: int, m: int, axes: tuple[int, ...]) -> jax.Array:
-    """Rank each entry of a group against the others; m is small, so nothing is sorted."""
-    rest = tuple(a for a in range(leaf.ndim) if a not in axes)
-    groups = leaf.transpose(*rest, *axes)
-    inside = groups.shape
-    groups = groups.reshape(*inside[: len(rest)], -1, m)
-    missing = jnp.isnan(groups)
-    rank = [jnp.zeros(groups.shape[:-1], jnp.uint8 if m < 256 else jnp.int32) for _ in range(m)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            first = groups[..., i] >= groups[..., j]
-            wins = (first | missing[..., j]) & ~(missing[..., i] & ~missing[..., j])
-            rank[i] = rank[i] + (~wins).astype(rank[i].dtype)
-            rank[j] = rank[j] + wins.astype(rank[j].dtype)
-    kept = jnp.stack([r < n for r in rank], -1).reshape(inside)
-    return kept.transpose(tuple(int(a) for a in np.argsort(rest + axes)))
+    """The first n of each group, its entries ranked against each other; nothing is sorted."""
+    if len(axes) > 1:
+        rest = tuple(a for a in range(leaf.ndim) if a not in axes)
+        lines = leaf.transpose(*rest, *axes)
+        mask = _n_of_m(lines.reshape(*lines.shape[: len(rest)], -1), n, m, (len(rest),))
+        return mask.reshape(lines.shape).transpose(tuple(int(a) for a in np.argsort(rest + axes)))
+    (axis,) = axes
+    shape = leaf.shape
+    if m > _MOST_PAIRS:
+        groups = leaf.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+        keep = jnp.full([1 if a == axis + 1 else d for a, d in enumerate(groups.shape)], n)
+        return _topk.top_slices(groups, keep.astype(jnp.int32), axes=(axis + 1,)).reshape(shape)
+    # Whole words, if that takes several groups.
+    span = math.lcm(m, 4) if shape[axis] % math.lcm(m, 4) == 0 else m
+    spans = leaf.reshape(*shape[:axis], shape[axis] // span, span, *shape[axis + 1 :])
+    join = _join_minor if axis == leaf.ndim - 1 and span % 4 == 0 else _join
+    mask = lax.platform_dependent(
+        spans,
+        cpu=lambda x: join(_words_apart(x, n, m, axis + 1), span, axis + 1),
+        default=lambda x: jnp.stack(_verdicts(x, n, m, axis + 1), axis + 1),
+    )
+    return mask.reshape(shape)
+
+
+def _verdicts(spans: jax.Array, n: int, m: int, axis: int) -> list[jax.Array]:
+    """Whether each entry of a span is kept, ranked in its group of m."""
+    wide = jnp.uint64 if spans.dtype == jnp.float64 else jnp.uint32
+    entries = [lax.index_in_dim(spans, i, axis, keepdims=False) for i in range(spans.shape[axis])]
+    keys = [_counting.order(entry, wide) for entry in entries]
+    rank = [jnp.zeros(keys[0].shape, jnp.int32) for _ in keys]
+    for i in range(len(keys)):
+        for j in range(i + 1, (i // m + 1) * m):
+            loses = keys[j] < keys[i]
+            rank[i] = rank[i] + loses.astype(jnp.int32)
+            rank[j] = rank[j] + (~loses).astype(jnp.int32)
+    return [r < n for r in rank]
+
+
+def _words(spans: jax.Array, n: int, m: int, axis: int) -> list[jax.Array]:
+    """The verdicts on a span as bytes, four to a word, the first in the lowest byte."""
+    verdicts = _verdicts(spans, n, m, axis)
+    words = []
+    for start in range(0, len(verdicts), 4):
+        word = jnp.zeros(verdicts[0].shape, jnp.uint32)
+        for i, kept in enumerate(verdicts[start : start + 4]):
+            word = word | (kept.astype(jnp.uint32) << np.uint32(8 * i))
+        words.append(word)
+    return words
+
+
+def _words_apart(spans: jax.Array, n: int, m: int, axis: int) -> list[jax.Array]:
+    """The words, which no byte of them then computes again."""
+    first = _counting.order(spans[(0,) * spans.ndim].astype(jnp.float32), jnp.uint32)
+    return _loops.apart(lambda x: _words(x, n, m, axis), spans, first)
+
+
+def _join(words: list[jax.Array], span: int, axis: int) -> jax.Array:
+    """The verdicts from their words."""
+    bits = [(words[i // 4] >> np.uint32(8 * (i % 4))) & np.uint32(1) for i in range(span)]
+    return jnp.stack([bit != 0 for bit in bits], axis)
+
+
+def _join_minor(words: list[jax.Array], span: int, axis: int) -> jax.Array:
+    """The verdicts from their words, where these already lie as bytes do."""
+    line = words[0]
+    if len(words) > 1:
+        line = _loops.apart(lambda w: jnp.stack(w, axis), words, line[(0,) * line.ndim])
+    return lax.bitcast_convert_type(line, jnp.uint8).reshape(*words[0].shape, span) != 0

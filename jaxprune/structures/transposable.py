@@ -78,29 +78,31 @@ Cells = Sequence[Sequence[jax.Array]]
 """A block cell by cell, each an array over all blocks."""
 
 _PAIRS = list(combinations(range(4), 2))
+_PATTERNS = [
+    rows
+    for rows in product(range(len(_PAIRS)), repeat=4)
+    if all(sum(column in _PAIRS[row] for row in rows) == 2 for column in range(4))
+]
 
 
 def _best_of_patterns(cells: Cells, n: int) -> Cells:
-    """2:4 exactly: every pattern is an upper half and a lower half that fills its columns."""
+    """2:4 exactly: four rows of two, two in every column."""
     del n
-    tame = [[_finite_or_last(cell) for cell in row] for row in cells]
-    rows = [[row[a] + row[b] for a, b in _PAIRS] for row in tame]
-    halves = [(p, q) for p in range(len(_PAIRS)) for q in range(len(_PAIRS))]
+    rows = [
+        [row[a] + row[b] for a, b in _PAIRS]
+        for row in ([_finite_or_last(cell) for cell in row] for row in cells)
+    ]
+    halves = list(product(range(len(_PAIRS)), repeat=2))
     upper = {(p, q): rows[0][p] + rows[1][q] for p, q in halves}
     lower = {(p, q): rows[2][p] + rows[3][q] for p, q in halves}
-    best: Any = None
-    code: Any = None
-    for top, bottom in product(halves, repeat=2):
-        pattern = [_PAIRS[p] for p in (*top, *bottom)]
-        if any(sum(c in pair for pair in pattern) != 2 for c in range(4)):
-            continue
-        total = upper[top] + lower[bottom]
-        bits = np.int32(sum(1 << (4 * r + c) for r, pair in enumerate(pattern) for c in pair))
-        if best is None:
-            best, code = total, jnp.full(total.shape, bits)
-        else:
-            better = total > best
-            best, code = jnp.where(better, total, best), jnp.where(better, bits, code)
+    best = jnp.full_like(upper[0, 0], -jnp.inf)
+    code = jnp.zeros_like(best, dtype=jnp.int32)
+    for first, second, third, fourth in _PATTERNS:
+        total = upper[first, second] + lower[third, fourth]
+        pairs = enumerate(_PAIRS[p] for p in (first, second, third, fourth))
+        bits = np.int32(sum(1 << (4 * row + column) for row, pair in pairs for column in pair))
+        better = total > best
+        best, code = jnp.where(better, total, best), jnp.where(better, bits, code)
     return [[(code >> np.int32(4 * r + c)) % 2 == 1 for c in range(4)] for r in range(4)]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _placement, _sums, _topk, _tree
+from jaxprune import _loops, _placement, _sums, _topk, _tree
 from jaxprune._typing import Counts, Masks, Scores
 from jaxprune.masks import axis_tree, check_scores, resolve_axes
 
@@ -148,19 +148,26 @@ class Units(NamedTuple):
             wide = jnp.pad(wide, pads, constant_values=fill)
         split = [part for g, t in zip(self.grid, self.tile, strict=True) for part in (g, t)]
         inner = tuple(range(1, len(split), 2))
+        wide = _loops.fold(jnp.maximum if how == "max" else jnp.add, wide.reshape(split), inner)
         if how == "max":
-            return jnp.max(wide.reshape(split), inner)
-        sums = _sums.reproducible_sum(wide.reshape(split), inner).reshape(self.grid)
+            return jnp.max(wide, inner)
+        sums = _sums.reproducible_sum(wide, inner).reshape(self.grid)
         return sums if how == "sum" else sums / self.sizes().astype(sums.dtype)
 
     def spread(self, kept: jax.Array) -> jax.Array:
         """A mask of units as a mask of weights."""
         if self.single:
             return kept
-        split = [part for g in self.grid for part in (g, 1)]
-        full = [part for g, t in zip(self.grid, self.tile, strict=True) for part in (g, t)]
+        last = self.tile[-1]
+        if last > 1:
+            # Repeating entries is slow, repeating lines is fast: lines are made once.
+            known = jnp.sum(kept, dtype=jnp.uint32)
+            kept = _loops.apart(lambda m: jnp.repeat(m, last, -1), kept, known)
+        split = [part for g in self.grid[:-1] for part in (g, 1)]
+        full = [part for g, t in zip(self.grid[:-1], self.tile, strict=False) for part in (g, t)]
         padded = [g * t for g, t in zip(self.grid, self.tile, strict=True)]
-        mask = jnp.broadcast_to(kept.reshape(split), full).reshape(padded)
+        lines = kept.reshape(*split, padded[-1])
+        mask = jnp.broadcast_to(lines, (*full, padded[-1])).reshape(padded)
         return mask if self.even else jax.lax.slice(mask, [0] * len(self.shape), self.shape)
 
 
@@ -212,7 +219,6 @@ def _mask_units(leaf: jax.Array, keep: Any, units: Units, how: Score) -> jax.Arr
 
     def mask(leaf, keep):
         scores = units.score(leaf, how)
-        sizes = jnp.broadcast_to(units.sizes(), scores.shape)
-        return units.spread(_topk.top_units(scores, sizes, keep))
+        return units.spread(_topk.top_units(scores, units.sizes(), keep))
 
     return _placement.call_in_auto(mask, leaf, jnp.asarray(keep).astype(jnp.int32))

@@ -1,0 +1,54 @@
+"""Shapes of loops that the CPU compiler makes fast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_PARTS = 16
+_LINE = 64  # Entries of the last axis that stay together.
+
+
+def apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
+    """``f(x)`` from a loop of its own, whatever reads it.
+
+    The CPU compiler fuses loops even where every element is then computed many times. Only a branch
+    decided at run time keeps it from that: ``known`` is never 2^32 - 1, which no compiler knows.
+    """
+
+    def never(x):
+        return jax.tree.map(jnp.zeros_like, f(x))
+
+    return lax.cond(known != np.uint32(0xFFFFFFFF), f, never, x)
+
+
+def fold(
+    combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """Combine entries along ``axes`` in a fixed order until few are left; other axes stay.
+
+    A reduction over the last axis, or a strided one, runs an entry at a time; combining strips of
+    the array runs over contiguous memory, many entries at once. Lines that lie together are
+    combined, so that a sharded axis keeps its shards, and the result does not depend on them.
+    """
+    while True:
+        inner = [a for a in axes if a != x.ndim - 1 and x.shape[a] > 1]
+        if inner:
+            axis, minor = max(inner, key=lambda a: x.shape[a]), 1
+        elif x.ndim - 1 in axes and x.shape[-1] % (_LINE * _PARTS) == 0:
+            axis, minor = x.ndim - 1, _LINE
+        else:
+            return x
+        length = x.shape[axis] // minor
+        parts = next(p for p in range(min(_PARTS, length), 0, -1) if length % p == 0)
+        if parts == 1:
+            return x
+        split = x.reshape(*x.shape[:axis], length // parts, parts, minor, *x.shape[axis + 1 :])
+        strips = [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(parts)]
+        while len(strips) > 1:
+            pairs = zip(strips[::2], strips[1::2], strict=False)
+            strips = [combine(a, b) for a, b in pairs] + strips[len(strips) // 2 * 2 :]
+        x = strips[0].reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
