@@ -45,12 +45,13 @@ Dim = tuple[Piece, ...]
 
 
 class Trail(NamedTuple):
-    """The leaf a value derives from, what its dimensions are, and the entries already taken.
+    """The leaf a value derives from and its shape, what the dimensions are, and entries taken.
 
     ``index`` pairs a leaf axis with the position at which a slice or a loop took one entry of it.
     """
 
     leaf: int
+    shape: tuple[int, ...]
     dims: tuple[Dim, ...]
     index: tuple[tuple[int, Any], ...] = ()
 
@@ -63,16 +64,20 @@ class Trail(NamedTuple):
         """As ``take``, with ``dim`` left at size one."""
         pieces = self.dims[dim]
         real = [piece for piece in pieces if piece.size > 1]
-        if len(real) > 1 or any(piece.stride != 1 for piece in real):
+        if len(real) > 1 or any(self._partial(piece) for piece in real):
             return None
         axes = [piece.axis for piece in (real or pieces) if piece.axis is not None]
         index = self.index + tuple((axis, position) for axis in axes)
-        return Trail(self.leaf, (*self.dims[:dim], (), *self.dims[dim + 1 :]), index)
+        return self._replace(dims=(*self.dims[:dim], (), *self.dims[dim + 1 :]), index=index)
+
+    def _partial(self, piece: Piece) -> bool:
+        return piece.axis is not None and piece.size != self.shape[piece.axis]
 
 
 def start(leaf: int, shape: Sequence[int]) -> Trail:
     """The trail of the leaf itself."""
-    return Trail(leaf, tuple((Piece(axis, n, 1),) for axis, n in enumerate(shape)))
+    dims = tuple((Piece(axis, n, 1),) for axis, n in enumerate(shape))
+    return Trail(leaf, tuple(shape), dims)
 
 
 def follow(eqn: core.JaxprEqn, trails: Sequence[Trail | None], values: Sequence[Any]) -> list:
