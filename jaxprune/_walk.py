@@ -1,5 +1,6 @@
 """Evaluating a jaxpr while watching what arrives at the matmuls that consume given leaves."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -210,7 +211,7 @@ def _meet(trail: Trail, x, batch, rows: int, contracted) -> Meeting | None:
     fan_in.sort()
     axes = tuple(dict.fromkeys(axis for axis, *_ in fan_in))
     covered = all(
-        _product(size for a, _, size, _ in fan_in if a == axis) == trail.shape[axis] for axis in axes
+        math.prod(size for a, _, size, _ in fan_in if a == axis) == trail.shape[axis] for axis in axes
     )
     groups: dict[int, int] = {}
     for axis, step_, n, _ in stacked:
@@ -224,17 +225,28 @@ def _meet(trail: Trail, x, batch, rows: int, contracted) -> Meeting | None:
     x = x.transpose(*(at for *_, at in stacked), *free, *summed, *(at for *_, at in fan_in))
     lead = len(stacked) + len(free)
     x = x.sum(tuple(range(lead, lead + len(summed))))
-    x = x.reshape(*groups.values(), -1, _product(n for _, _, n, _ in fan_in))
+    x = x.reshape(*groups.values(), -1, math.prod(n for _, _, n, _ in fan_in))
     stack = tuple(sorted({*groups, *taken}))
     use = Use(axes, stack, tuple(groups.get(a, trail.shape[a]) for a in stack))
     return Meeting(trail.leaf, use, tuple(taken.get(a) for a in stack), x)
 
 
-def _product(numbers) -> int:
-    result = 1
-    for n in numbers:
-        result *= n
-    return result
+def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """Where the carry and where the slices begin among the operands of a scan.
+
+    Read off the ranks, as the names of the primitive's parameters differ between versions of JAX.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    slices = sum(
+        atom.aval.ndim > inner.aval.ndim
+        for atom, inner in zip(eqn.invars, body.invars, strict=True)
+    )
+    carried = sum(
+        var.aval.ndim == inner.aval.ndim
+        for var, inner in zip(eqn.outvars, body.outvars, strict=True)
+    )
+    last = len(eqn.invars) - slices
+    return last - carried, last
 
 
 def _wide(x):
@@ -243,8 +255,7 @@ def _wide(x):
 
 def _scan(eqn, values, trails, watch, carry, lost) -> Outcome:
     body, params = eqn.params["jaxpr"], eqn.params
-    first = params["num_consts"]
-    last = first + params["num_carry"]
+    first, last = scan_parts(eqn)
     length, reverse = params["length"], params["reverse"]
     consts = values[:first]
     kept = _forwarded(body.jaxpr.invars[first:last], body.jaxpr.outvars, trails[first:last])
