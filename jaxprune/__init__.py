@@ -7,6 +7,9 @@ from jaxprune.allocation import (
     allocate_lamp,
     allocate_uniform,
 )
+from jaxprune.calibration import Gram, fan_in_axes, input_grams, input_norms, matmul_weights
+from jaxprune.layerwise.saliency import by_saliency
+from jaxprune.layerwise.sparsegpt import sparsegpt
 from jaxprune.masks import (
     apply_masks,
     density,
@@ -19,6 +22,7 @@ from jaxprune.masks import (
 from jaxprune.oneshot import prune
 from jaxprune.report import get_masks, summarize
 from jaxprune.saliency.accumulate import accumulate, movement
+from jaxprune.saliency.activations import wanda
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
@@ -36,6 +40,7 @@ from jaxprune.transforms.threshold import prune_below
 from jaxprune.transforms.top_kast import top_kast
 
 __all__ = [
+    "Gram",
     "ac_dc",
     "accumulate",
     "allocate_erk",
@@ -43,13 +48,17 @@ __all__ = [
     "allocate_lamp",
     "allocate_uniform",
     "apply_masks",
+    "by_saliency",
     "cubic_sparsity",
     "density",
     "every",
+    "fan_in_axes",
     "fisher",
     "get_masks",
     "gradient_magnitude",
     "granet",
+    "input_grams",
+    "input_norms",
     "keep_params_masked",
     "kernels",
     "magnitude",
@@ -59,6 +68,7 @@ __all__ = [
     "mask_threshold",
     "mask_topk",
     "matching",
+    "matmul_weights",
     "movement",
     "pack_masks",
     "prune",
@@ -71,6 +81,7 @@ __all__ = [
     "select",
     "snip",
     "sparse_evolutionary",
+    "sparsegpt",
     "sr_ste",
     "straight_through",
     "summarize",
@@ -78,4 +89,5 @@ __all__ = [
     "top_kast",
     "train_straight_through",
     "unpack_masks",
+    "wanda",
 ]

@@ -29,9 +29,7 @@ def to_features(values: jax.Array, shape: Sequence[int], use: Use) -> jax.Array:
     named = (*use.stack, *use.axes)
     values = values.reshape([*use.groups, *(shape[a] for a in use.axes)])
     values = values.transpose([int(i) for i in np.argsort(named)])
-    values = values.reshape(
-        [parts.get(a, n if a in use.axes else 1) for a, n in enumerate(shape)]
-    )
+    values = values.reshape([parts.get(a, n if a in use.axes else 1) for a, n in enumerate(shape)])
     for axis, n in parts.items():
         values = jnp.repeat(values, shape[axis] // n, axis)
     return values

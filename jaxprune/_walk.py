@@ -211,7 +211,8 @@ def _meet(trail: Trail, x, batch, rows: int, contracted) -> Meeting | None:
     fan_in.sort()
     axes = tuple(dict.fromkeys(axis for axis, *_ in fan_in))
     covered = all(
-        math.prod(size for a, _, size, _ in fan_in if a == axis) == trail.shape[axis] for axis in axes
+        math.prod(size for a, _, size, _ in fan_in if a == axis) == trail.shape[axis]
+        for axis in axes
     )
     groups: dict[int, int] = {}
     for axis, step_, n, _ in stacked:

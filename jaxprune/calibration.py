@@ -230,9 +230,7 @@ def gram_of(x: jax.Array) -> jax.Array:
     return jnp.triu(upper_rows) + jnp.matrix_transpose(jnp.triu(upper_rows, 1))
 
 
-def find_uses(
-    traced: _jaxpr.Traced, leaves: set[int]
-) -> tuple[dict[int, Use], dict[int, str]]:
+def find_uses(traced: _jaxpr.Traced, leaves: set[int]) -> tuple[dict[int, Use], dict[int, str]]:
     """How matmuls read each of ``leaves`` (numbers of inputs), and where other leaves were lost."""
     lost: dict[int, str] = {}
     uses: dict[int, Use] = {}
@@ -321,9 +319,7 @@ def _stream(apply, params, batches, prunable, statistic):
             return {**totals, meeting.leaf: add_at(totals[meeting.leaf], meeting, part)}
 
         values = jax.tree.leaves((params, args))
-        return _walk.evaluate(
-            traced.jaxpr, values, trails_of(traced, leaves), watch, totals
-        ).carry
+        return _walk.evaluate(traced.jaxpr, values, trails_of(traced, leaves), watch, totals).carry
 
     totals: dict[int, jax.Array] = {}
     for batch in batches:
