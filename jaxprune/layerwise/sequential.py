@@ -315,7 +315,7 @@ def _grams_at(walk: _Walk, op: Op, uses, cache):
     """The Grams of all leaves that an operation consumes: (leaf, index, matrix) each."""
     trails = [getattr(x, "trail", None) for x in op.operands]
     inputs = frozenset(
-        x for x in op.operands if isinstance(x, Slot) and x.trail is None and not x.shared
+        x for x in op.operands if isinstance(x, Slot) and x.trail is None
     )
     kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.index)) for t in trails)
     key = (inputs, op.key, kinds, tuple(str(x.aval) for x in op.operands))
