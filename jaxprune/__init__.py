@@ -8,7 +8,10 @@ from jaxprune.allocation import (
     allocate_uniform,
 )
 from jaxprune.calibration import Gram, fan_in_axes, input_grams, input_norms, matmul_weights
+from jaxprune.layerwise.alps import alps
+from jaxprune.layerwise.reconstruct import reconstruct
 from jaxprune.layerwise.saliency import by_saliency
+from jaxprune.layerwise.sequential import prune_layerwise
 from jaxprune.layerwise.sparsegpt import sparsegpt
 from jaxprune.masks import (
     apply_masks,
@@ -47,6 +50,7 @@ __all__ = [
     "allocate_global",
     "allocate_lamp",
     "allocate_uniform",
+    "alps",
     "apply_masks",
     "by_saliency",
     "cubic_sparsity",
@@ -75,7 +79,9 @@ __all__ = [
     "prune_and_grow",
     "prune_below",
     "prune_gradually",
+    "prune_layerwise",
     "random_saliency",
+    "reconstruct",
     "rewind",
     "rigl",
     "select",

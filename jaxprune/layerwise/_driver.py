@@ -93,6 +93,12 @@ def as_groups(leaf: jax.Array, gram: Gram) -> jax.Array:
     return rows.reshape(-1, *rows.shape[-2:])
 
 
+def as_rows(mask: jax.Array, gram: Gram) -> jax.Array:
+    """A mask as (groups, outputs, fan-in)."""
+    rows = _rows.to_rows(mask, gram.use)
+    return rows.reshape(-1, *rows.shape[-2:])
+
+
 def matrices(gram: Gram) -> jax.Array:
     """The Gram as (groups, n, n)."""
     return gram.matrix.reshape(-1, *gram.matrix.shape[-2:])
