@@ -107,7 +107,9 @@ def attention(p, x):
 
 def mlp(p, x):
     h = rms_norm(x, p["norm"]["scale"])
-    return x + (jax.nn.silu(h @ p["gate"]["kernel"]) * (h @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    return (
+        x + (jax.nn.silu(h @ p["gate"]["kernel"]) * (h @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    )
 
 
 def hidden(params, tokens):

@@ -5,6 +5,7 @@ from jaxprune.allocation import (
     allocate_erk,
     allocate_global,
     allocate_lamp,
+    allocate_owl,
     allocate_uniform,
 )
 from jaxprune.calibration import Gram, fan_in_axes, input_grams, input_norms, matmul_weights
@@ -49,6 +50,7 @@ __all__ = [
     "allocate_erk",
     "allocate_global",
     "allocate_lamp",
+    "allocate_owl",
     "allocate_uniform",
     "alps",
     "apply_masks",

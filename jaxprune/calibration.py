@@ -1,6 +1,7 @@
 """What the matmuls see: fan-in axes, input norms and Gram matrices, read from the jaxpr."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -224,7 +225,7 @@ def gram_of(x: jax.Array) -> jax.Array:
     edges = [n * i // 4 for i in range(5)]
     upper = [
         jnp.pad(product(x[..., a:b], x[..., a:]), [(0, 0)] * (x.ndim - 1) + [(a, 0)])
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in itertools.pairwise(edges)
     ]
     upper_rows = jnp.concatenate(upper, -2)
     return jnp.triu(upper_rows) + jnp.matrix_transpose(jnp.triu(upper_rows, 1))

@@ -123,7 +123,11 @@ def prune_layerwise(
     _run(walk, prune, early)
     structure = jax.tree.structure(params)
     masks = [prune.masks.get(i) for i in range(len(traced.paths))]
-    return jax.tree.unflatten(structure, walk.leaves), jax.tree.unflatten(structure, masks), prune.log
+    return (
+        jax.tree.unflatten(structure, walk.leaves),
+        jax.tree.unflatten(structure, masks),
+        prune.log,
+    )
 
 
 def relative_error(old: jax.Array, new: jax.Array, gram: Gram) -> jax.Array:
@@ -314,9 +318,7 @@ def _needed(program: Program) -> list[Op]:
 def _grams_at(walk: _Walk, op: Op, uses, cache):
     """The Grams of all leaves that an operation consumes: (leaf, index, matrix) each."""
     trails = [getattr(x, "trail", None) for x in op.operands]
-    inputs = frozenset(
-        x for x in op.operands if isinstance(x, Slot) and x.trail is None
-    )
+    inputs = frozenset(x for x in op.operands if isinstance(x, Slot) and x.trail is None)
     kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.index)) for t in trails)
     key = (inputs, op.key, kinds, tuple(str(x.aval) for x in op.operands))
     positions = {t.leaf: dict(t.index) for t in trails if t is not None}
