@@ -28,7 +28,7 @@ class Use(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """A leaf's weights and their inputs: ``x`` is (*groups met here, rows, fan-in), float32 or wider.
+    """A leaf and its inputs: ``x`` is (*groups met here, rows, fan-in), float32 or wider.
 
     ``index`` has one entry per axis of ``use.stack``: a position that a loop fixed, or ``None``
     where ``x`` has that axis.
@@ -192,7 +192,7 @@ def _at_conv(eqn, trail, x):
 
 
 def _meet(trail: Trail, x, batch, rows: int, contracted) -> Meeting | None:
-    """The meeting of a trail with ``x``, whose dimensions are the batch, ``rows``, the contracted."""
+    """The meeting of a trail with ``x``, whose dimensions are batch, rows, contracted."""
     pieces = [piece for dim in (*batch, *contracted) for piece in dim]
     shape = [piece.size for dim in batch for piece in dim]
     shape += x.shape[len(batch) : len(batch) + rows]

@@ -101,8 +101,8 @@ def _solve(rows, gram, keep, damping, *, n_m, block):
 def inverse_factor(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Upper U with ``U^T U = gram^-1``, and whether the Gram is positive definite.
 
-    Factoring the Gram from its last row up gives the inverse of U, so the inverse of the Gram itself
-    is never formed.
+    Factoring the Gram from its last row up gives the inverse of U, so the inverse of the Gram
+    itself is never formed.
     """
     lower, healthy = _driver.factor(gram[::-1, ::-1])
     inverse = lax.linalg.triangular_solve(
