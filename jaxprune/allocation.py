@@ -188,8 +188,8 @@ def allocate_owl(
       (42, 58)
 
     Reference:
-      Yin et al. Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to
-      High Sparsity, 2024.
+      Yin et al. Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs
+      to High Sparsity, 2024.
     """
     leaves = _governed(scores, sparsity, min_keep)
     if not leaves:

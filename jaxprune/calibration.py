@@ -179,8 +179,8 @@ def input_grams(
     .. math:: G = \textstyle\sum_t x_t x_t^\top
 
     A convolution's inputs are its patches. A weight that is used several times, or at every turn of
-    a loop, adds up; layers stacked by scan give one matrix each. Batches stream through one compiled
-    function: memory is one batch's activations and the matrices. Batches sharded over a data axis
+    a loop, adds up; layers stacked by scan give one matrix each. Batches stream through one
+    compiled function: memory is one batch and the matrices. Batches sharded over a data axis
     are summed over it by the partitioner.
 
     Args:
@@ -254,8 +254,8 @@ def check_same_use(path: str, before: Use, now: Use) -> None:
     """Raise unless two matmuls read the leaf in the same way."""
     if before != now:
         raise ValueError(
-            f"{path}: one matmul contracts axes {before.axes} (stacked over {before.stack}), another "
-            f"{now.axes} (stacked over {now.stack}); leave this leaf out with prunable"
+            f"{path}: one matmul contracts axes {before.axes} (stacked {before.stack}), another "
+            f"{now.axes} (stacked {now.stack}); leave this leaf out with prunable"
         )
 
 
@@ -294,7 +294,7 @@ def add_at(total: jax.Array, meeting: Meeting, part: jax.Array) -> jax.Array:
 
 
 def governed_leaves(params: Params, prunable: Prunable) -> set[int]:
-    """The numbers of the governed leaves among all leaves of ``params``; raises if there is none."""
+    """The numbers of the governed leaves among all leaves; raises if there is none."""
     selected = _tree.leaves_with_paths(_tree.select(params, prunable))
     present = [leaf for _, leaf in _tree.leaves_with_paths(params)]
     kept = [leaf for (_, leaf), own in zip(selected, present, strict=True) if own is not None]

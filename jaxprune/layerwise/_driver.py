@@ -18,7 +18,7 @@ Solve = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 def prune_leaves(
     params: Params, grams: PyTree, sparsity: Any, n_m: tuple[int, int] | None, solve: Solve
 ) -> tuple[Params, Masks]:
-    """``solve`` for every leaf that has a Gram; the others stay as they are, their mask ``None``."""
+    """``solve`` for every leaf that has a Gram; the others stay, with ``None`` for a mask."""
     check_target(sparsity, n_m)
 
     def one(path, leaf, gram, target):
@@ -77,8 +77,8 @@ def check_gram(path: str, leaf: Any, gram: Any, n_m: tuple[int, int] | None) -> 
     )
     if not fits:
         raise ValueError(
-            f"{path}: a Gram of shape {gram.matrix.shape} over axes {gram.axes} does not fit a leaf "
-            f"of shape {leaf.shape}; take grams of these params from jp.input_grams"
+            f"{path}: a Gram of shape {gram.matrix.shape} over axes {gram.axes} does not fit "
+            f"a leaf of shape {leaf.shape}; take grams of these params from jp.input_grams"
         )
     if n_m is not None and gram.matrix.shape[-1] % n_m[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A model as a straight line of operations, with the matmuls that consume governed leaves marked."""
+"""A model as a straight line of operations; matmuls that consume governed leaves are marked."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -63,14 +63,16 @@ def build(traced: _jaxpr.Traced, leaves: set[int]) -> Program:
 
 
 def resolve(program: Program, slot: Slot) -> Any:
-    """The value of a shared slot that depends on no parameter, such as a loop counter."""
+    """The value of a slot that depends on constants only, such as a loop counter, or ``None``."""
     if slot in program.constants:
         return program.constants[slot]
     if slot.producer is None:
-        raise ValueError("a weight is indexed by a value that depends on parameters or data")
-    op = slot.producer
-    outs = op.run(*(resolve(program, s) for s in op.ins))
-    program.constants.update(zip(op.outs, outs, strict=True))
+        return None
+    ins = [resolve(program, s) for s in slot.producer.ins]
+    if any(value is None for value in ins):
+        return None
+    outs = slot.producer.run(*ins)
+    program.constants.update(zip(slot.producer.outs, outs, strict=True))
     return program.constants[slot]
 
 
@@ -148,7 +150,7 @@ def _unroll(program: Program, eqn: core.JaxprEqn, operands: list[Any]) -> list[A
 
 
 def _take(program: Program, slot: Slot, i: int) -> Slot:
-    """The slot of entry ``i`` along the first axis; the position is an input, so all share a key."""
+    """The slot of entry ``i`` of the first axis; ``i`` is an input, so that all share a key."""
     position = _constant(program, None, np.int32(i))
     out = Slot(
         slot.aval.update(shape=slot.aval.shape[1:]),
@@ -199,7 +201,8 @@ def _position(program: Program, x: Any) -> Any:
     if not isinstance(x, Slot):
         return int(x.val) if np.ndim(x.val) == 0 else None
     whole = x.aval is not None and x.aval.shape == () and np.issubdtype(x.aval.dtype, np.integer)
-    return int(resolve(program, x)) if x.shared and whole else None
+    value = resolve(program, x) if x.shared and whole else None
+    return None if value is None else int(value)
 
 
 def _meetings_inside(eqn: core.JaxprEqn, trails) -> list[_walk.Meeting]:

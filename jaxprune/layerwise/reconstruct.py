@@ -1,7 +1,6 @@
 """The best weights for given masks."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,6 @@ from jaxprune.calibration import (
     Gram,
     add_at,
     as_args,
-    check_same_use,
     check_used,
     find_uses,
     governed_leaves,
@@ -57,8 +56,8 @@ def prune_layerwise(
 ) -> tuple[Params, Masks, list[LayerLog]]:
     r"""Prune layer by layer in execution order, each on the outputs of those already pruned.
 
-    The model is evaluated once, equation by equation, for all batches side by side. Where a governed
-    weight meets its inputs, ``method`` prunes it with the Gram matrix of what arrives, and the
+    The model is evaluated once, equation by equation, for all batches side by side. Where a
+    governed weight meets its inputs, ``method`` prunes it with the Gram matrix of those, and the
     walk goes on with the new weight. Layers stacked by scan are pruned one by one. A weight that is
     used several times, or inside a loop that does not index it, is pruned at its first use, for all
     of them: with the Gram of the dense model, or of the whole loop.
@@ -66,8 +65,8 @@ def prune_layerwise(
     Args:
       apply: ``apply(params, *batch)``, the model.
       params: a tree of arrays.
-      batches: an iterable of batches of one shape; a tuple is splatted into ``apply``, anything else
-        is one argument. All are held.
+      batches: an iterable of batches of one shape, all held; a tuple is splatted into ``apply``,
+        anything else is one argument.
       sparsity: fraction of each governed leaf to remove, or a tree of fractions like ``params``.
       n_m: ``(n, m)`` instead: keep n of each m consecutive inputs of every output.
       method: any layerwise method: ``jp.sparsegpt``, ``jp.alps``, ``jp.by_saliency(jp.wanda)``.
@@ -105,6 +104,7 @@ def prune_layerwise(
     uses, lost = find_uses(traced, leaves)
     check_used(traced, leaves, uses, lost)
     program = build(traced, leaves)
+    _check_met(traced.paths, leaves, program)
     repeated = _used_again(program)
     governed = _tree.select(params, prunable)
     early = {}
@@ -323,7 +323,6 @@ def _grams_at(walk: _Walk, op: Op, uses, cache):
     key = (inputs, op.key, kinds, tuple(str(x.aval) for x in op.operands))
     positions = {t.leaf: dict(t.index) for t in trails if t is not None}
     if key not in cache or op.eqn.primitive.name != "dot_general":
-        totals = {leaf: jnp.zeros(()) for leaf in op.leaves}
         cache[key] = _sum_grams(walk, op, trails, key[1:], uses)
     found = cache[key]
     for leaf, total in zip(op.leaves, found, strict=True):
@@ -402,3 +401,12 @@ def _check_alike(batches: Sequence[Any]) -> None:
             raise ValueError(
                 f"batch {i} has other shapes than the first; cut or pad batches to one shape"
             )
+
+
+def _check_met(paths, leaves: set[int], program: Program) -> None:
+    met = {leaf for op in program.ops for leaf in op.leaves}
+    for leaf in sorted(leaves - met):
+        raise ValueError(
+            f"{paths[leaf]}: which part of it a matmul reads depends on data; leave it out with "
+            "prunable, or prune with jp.input_grams and the method itself"
+        )
