@@ -7,23 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxprune import _jaxpr, _rows, _tree, _walk
+from jaxprune import _jaxpr, _tree
 from jaxprune._typing import Layerwise, Masks, Params, Prunable
 from jaxprune.calibration import (
     Gram,
-    add_at,
     as_args,
     check_used,
     find_uses,
     governed_leaves,
-    gram_of,
     input_grams,
 )
 from jaxprune.layerwise import _driver
 from jaxprune.layerwise._program import Op, Program, Slot, build
+from jaxprune.layerwise._values import Store, Walk, grams_at
 from jaxprune.layerwise.sparsegpt import sparsegpt
 
 
@@ -117,8 +115,8 @@ def prune_layerwise(
         wanted = jax.tree.leaves(_driver.per_leaf(governed, sparsity))
         for i, target in zip(sorted(leaves), wanted, strict=True):
             targets[i] = target
-    store = _Store(activation_dtype, on_host)
-    walk = _Walk(program, jax.tree.leaves(params), held, store)
+    store = Store(activation_dtype, on_host)
+    walk = Walk(program, jax.tree.leaves(params), held, store)
     prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress)
     _run(walk, prune, early)
     structure = jax.tree.structure(params)
@@ -144,91 +142,6 @@ def _energy(rows: jax.Array, gram: Gram) -> jax.Array:
     matrix = _driver.matrices(gram)
     moved = jnp.einsum("gon,gnm->gom", rows, matrix, precision=lax.Precision.HIGHEST)
     return jnp.sum(moved * rows)
-
-
-class _Store(NamedTuple):
-    """How activations are held between operations."""
-
-    dtype: Any
-    on_host: bool
-
-    def put(self, x: jax.Array) -> Any:
-        if self.dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(self.dtype)
-        return np.asarray(x) if self.on_host else x
-
-    def get(self, x: Any, aval: Any) -> jax.Array:
-        return jnp.asarray(x).astype(aval.dtype) if x.dtype != aval.dtype else jnp.asarray(x)
-
-
-class _Walk:
-    """The values of a program as far as it has run: shared ones once, others once per batch."""
-
-    def __init__(self, program: Program, leaves: list[Any], batches: Sequence[Any], store: _Store):
-        self.program, self.leaves, self.store = program, list(leaves), store
-        self.count = len(batches)
-        flat = [jax.tree.leaves(batch) for batch in batches]
-        self.held: dict[Slot, list[Any]] = {
-            slot: [args[i] for args in flat] for i, slot in enumerate(program.args)
-        }
-        self.constants = dict(program.constants)
-        self.compiled: dict[Any, Callable[..., Any]] = {}
-
-    def shared(self, slot: Slot) -> Any:
-        """The value of a shared slot; those derived from a governed leaf are never remembered."""
-        if slot.leaf is not None:
-            return self.leaves[slot.leaf]
-        if slot in self.constants:
-            return self.constants[slot]
-        op = slot.producer
-        assert op is not None
-        call = self.jitted(("op", op.key), lambda: jax.jit(op.run))
-        outs = call(*(self.shared(s) for s in op.ins))
-        if not any(s.trail is not None for s in (*op.ins, *op.outs)):
-            self.constants.update(zip(op.outs, outs, strict=True))
-        return outs[op.outs.index(slot)]
-
-    def values(self, slot: Slot, batch: int) -> Any:
-        if slot.shared:
-            return self.shared(slot)
-        return self.store.get(self.held[slot][batch], slot.aval)
-
-    def jitted(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self.compiled:
-            self.compiled[key] = make()
-        return self.compiled[key]
-
-    def run(self, ops: list[Op], later: set[Slot]) -> None:
-        """Run operations as one compiled function per batch; keep what ``later`` needs."""
-        produced = {slot for op in ops for slot in op.outs}
-        ins = list(dict.fromkeys(s for op in ops for s in op.ins if s not in produced))
-        outs = [slot for op in ops for slot in op.outs if slot in later]
-        numbers = {slot: i for i, slot in enumerate(ins)}
-        for op in ops:
-            for slot in op.outs:
-                numbers[slot] = len(numbers)
-        key = (
-            tuple((op.key, tuple(numbers[s] for s in op.ins)) for op in ops),
-            tuple(numbers[s] for s in outs),
-            tuple(str(s.aval) for s in ins),
-        )
-
-        def segment(*values):
-            env = dict(zip(ins, values, strict=True))
-            for op in ops:
-                env.update(zip(op.outs, op.run(*(env[s] for s in op.ins)), strict=True))
-            return [self.store.put(env[s]) if not self.store.on_host else env[s] for s in outs]
-
-        call = self.jitted(key, lambda: jax.jit(segment))
-        fixed = {slot: self.shared(slot) for slot in ins if slot.shared}
-        results: list[list[Any]] = [[] for _ in outs]
-        for batch in range(self.count):
-            values = [fixed[s] if s.shared else self.values(s, batch) for s in ins]
-            for result, value in zip(results, call(*values), strict=True):
-                result.append(self.store.put(value))
-        self.held.update(zip(outs, results, strict=True))
-        for slot in [slot for slot in self.held if slot not in later]:
-            del self.held[slot]
 
 
 class _Pruner:
@@ -275,7 +188,7 @@ def _replace(x, part, starts):
     return lax.dynamic_update_slice(x, part, starts)
 
 
-def _run(walk: _Walk, prune: _Pruner, early: dict[int, Gram]) -> None:
+def _run(walk: Walk, prune: _Pruner, early: dict[int, Gram]) -> None:
     """Run the program up to the last governed matmul, pruning on the way."""
     ops = _needed(walk.program)
     last = {slot: at for at, op in enumerate(ops) for slot in op.ins}
@@ -294,7 +207,7 @@ def _run(walk: _Walk, prune: _Pruner, early: dict[int, Gram]) -> None:
     for at, op in enumerate(ops):
         if op.leaves:
             flush(at)
-            for leaf, index, matrix in _grams_at(walk, op, prune.uses, grams):
+            for leaf, index, matrix in grams_at(walk, op, prune.uses, grams):
                 if (leaf, index) not in done:
                     done.add((leaf, index))
                     if leaf in early:
@@ -313,59 +226,6 @@ def _needed(program: Program) -> list[Op]:
             kept.append(op)
             wanted.update(op.ins)
     return kept[::-1]
-
-
-def _grams_at(walk: _Walk, op: Op, uses, cache):
-    """The Grams of all leaves that an operation consumes: (leaf, index, matrix) each."""
-    trails = [getattr(x, "trail", None) for x in op.operands]
-    inputs = frozenset(x for x in op.operands if isinstance(x, Slot) and x.trail is None)
-    kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.index)) for t in trails)
-    key = (inputs, op.key, kinds, tuple(str(x.aval) for x in op.operands))
-    positions = {t.leaf: dict(t.index) for t in trails if t is not None}
-    if key not in cache or op.eqn.primitive.name != "dot_general":
-        cache[key] = _sum_grams(walk, op, trails, key[1:], uses)
-    found = cache[key]
-    for leaf, total in zip(op.leaves, found, strict=True):
-        taken = positions[leaf]
-        yield leaf, tuple(taken.get(a) for a in uses[leaf].stack), total
-
-
-def _sum_grams(walk: _Walk, op: Op, trails, key, uses) -> list[jax.Array]:
-    """The Grams at an operation over all batches, one for each of ``op.leaves``.
-
-    Positions that are fixed outside are set to zero, in matrices with a single entry there.
-    """
-    inner = [t and t._replace(index=tuple((a, 0) for a, _ in t.index)) for t in trails]
-    fixed = {t.leaf: {a for a, _ in t.index} for t in trails if t is not None}
-
-    def start(leaf):
-        use = uses[leaf]
-        groups = [1 if a in fixed[leaf] else n for a, n in zip(use.stack, use.groups, strict=True)]
-        shape = walk.program.params[leaf].aval
-        n = _rows.fan_in(shape.shape, use)
-        return jnp.zeros((*groups, n, n), jnp.promote_types(shape.dtype, jnp.float32))
-
-    def add(totals, *values):
-        left = iter(values)
-        operands = [next(left) if isinstance(x, Slot) else x.val for x in op.operands]
-
-        def watch(totals, meeting):
-            at = op.leaves.index(meeting.leaf)
-            shaped = meeting._replace(
-                use=meeting.use._replace(groups=totals[at].shape[: len(meeting.use.stack)])
-            )
-            part = add_at(totals[at], shaped, gram_of(meeting.x))
-            return [part if i == at else t for i, t in enumerate(totals)]
-
-        return _walk.step(op.eqn, operands, inner, watch, totals).carry
-
-    call = walk.jitted(("gram", key), lambda: jax.jit(add, donate_argnums=0))
-    slots = [x for x in op.operands if isinstance(x, Slot)]
-    batches = range(1 if all(slot.shared for slot in slots) else walk.count)
-    totals = [start(leaf) for leaf in op.leaves]
-    for batch in batches:
-        totals = call(totals, *(walk.values(slot, batch) for slot in slots))
-    return totals
 
 
 def _part(matrix: jax.Array, index: tuple[Any, ...]) -> jax.Array:
