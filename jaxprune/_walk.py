@@ -250,8 +250,14 @@ def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
     return last - carried, last
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or ``dtype`` if that is floating and as wide."""
+    wide = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 4
+    return jnp.dtype(dtype) if wide else jnp.dtype(jnp.float32)
+
+
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
 
 
 def _scan(eqn, values, trails, watch, carry, lost) -> Outcome:

@@ -346,7 +346,7 @@ def _statistic_shape(statistic, shape, use):
 
 
 def _wide(traced, i):
-    return jnp.promote_types(traced.jaxpr.in_avals[i].dtype, jnp.float32)
+    return _walk.wide_dtype(traced.jaxpr.in_avals[i].dtype)
 
 
 def _unflatten(params: Params, values: dict[int, Any]) -> PyTree:

@@ -127,7 +127,7 @@ def _sum_grams(walk: Walk, op: Op, trails, key, uses) -> list[jax.Array]:
         groups = [1 if a in fixed[leaf] else n for a, n in zip(use.stack, use.groups, strict=True)]
         shape = walk.program.params[leaf].aval
         n = _rows.fan_in(shape.shape, use)
-        return jnp.zeros((*groups, n, n), jnp.promote_types(shape.dtype, jnp.float32))
+        return jnp.zeros((*groups, n, n), _walk.wide_dtype(shape.dtype))
 
     def add(totals, *values):
         left = iter(values)
