@@ -68,6 +68,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--targets", default="0.5,0.6,2:4")
+    parser.add_argument("--dense-targets", action="store_true")
     parser.add_argument("--out", help="append results to this file, one JSON object a line")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

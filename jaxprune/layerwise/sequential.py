@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxprune import _jaxpr, _tree
 from jaxprune._typing import Layerwise, Masks, Params, Prunable
+from jaxprune._walk import MATMULS
 from jaxprune.calibration import (
     Gram,
     as_args,
@@ -21,7 +22,7 @@ from jaxprune.calibration import (
 )
 from jaxprune.layerwise import _driver
 from jaxprune.layerwise._program import Op, Program, Slot, build
-from jaxprune.layerwise._values import Store, Walk, grams_at
+from jaxprune.layerwise._values import Store, Walk, cross_at, grams_at
 from jaxprune.layerwise.sparsegpt import sparsegpt
 
 
@@ -36,6 +37,8 @@ class LayerLog(NamedTuple):
     error: float
 
 
+_IMITATION_DAMPING = 0.01
+
 Progress = Callable[[LayerLog], Any]
 
 
@@ -49,6 +52,7 @@ def prune_layerwise(
     method: Layerwise = sparsegpt,
     prunable: Prunable = _tree.kernels,
     progress: Progress | None = None,
+    dense_targets: bool = False,
     activation_dtype: Any = None,
     on_host: bool = False,
 ) -> tuple[Params, Masks, list[LayerLog]]:
@@ -70,6 +74,8 @@ def prune_layerwise(
       method: any layerwise method: ``jp.sparsegpt``, ``jp.alps``, ``jp.by_saliency(jp.wanda)``.
       prunable: which leaves are governed.
       progress: called with a layer's ``path``, ``sparsity`` and relative ``error`` once it is done.
+      dense_targets: imitate the outputs that the layer has in the dense model, not those that the
+        dense weights would give for the inputs that arrive. A second, dense walk goes along.
       activation_dtype: hold floating calibration activations in this type between layers.
       on_host: hold them in host memory.
 
@@ -118,7 +124,8 @@ def prune_layerwise(
     store = Store(activation_dtype, on_host)
     walk = Walk(program, jax.tree.leaves(params), held, store)
     prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress)
-    _run(walk, prune, early)
+    twin = Walk(program, walk.leaves, held, store) if dense_targets else None
+    _run(walk, twin, prune, early)
     structure = jax.tree.structure(params)
     masks = [prune.masks.get(i) for i in range(len(traced.paths))]
     return (
@@ -153,7 +160,9 @@ class _Pruner:
         self.masks: dict[int, jax.Array] = {}
         self.log: list[LayerLog] = []
 
-    def __call__(self, leaf: int, index: tuple[Any, ...], matrix: jax.Array) -> None:
+    def __call__(
+        self, leaf: int, index: tuple[Any, ...], matrix: jax.Array, cross: jax.Array | None
+    ) -> None:
         """Prune the part of a leaf at ``index`` (of its stack) with the part's Gram."""
         use, whole = self.uses[leaf], self.leaves[leaf]
         taken = {a: i for a, i in zip(use.stack, index, strict=True) if i is not None}
@@ -161,6 +170,8 @@ class _Pruner:
         sizes = tuple(1 if a in taken else n for a, n in enumerate(whole.shape))
         old = _block(whole, starts, sizes) if taken else whole
         gram = Gram(matrix, use.axes, use.stack)
+        if cross is not None:
+            old = _imitating(old, gram, cross)
         position = "".join(f"[{taken[a]}]" for a in sorted(taken))
         path = self.paths[leaf] + position
         options = {} if self.n_m is None else {"n_m": self.n_m}
@@ -188,7 +199,23 @@ def _replace(x, part, starts):
     return lax.dynamic_update_slice(x, part, starts)
 
 
-def _run(walk: Walk, prune: _Pruner, early: dict[int, Gram]) -> None:
+@jax.jit
+def _imitating(leaf: jax.Array, gram: Gram, cross: jax.Array) -> jax.Array:
+    """The dense weights that best turn what arrives into the outputs of the dense model."""
+
+    def one(rows, matrix, cross):
+        damped, _ = _driver.regularize(matrix, _IMITATION_DAMPING)
+        missing = jnp.matmul(rows, (cross - matrix).T, precision=lax.Precision.HIGHEST)
+        factor = jax.scipy.linalg.cho_factor(damped)
+        return rows + jax.scipy.linalg.cho_solve(factor, missing.T).T
+
+    matrix = _driver.matrices(gram)
+    rows = _driver.as_groups(leaf, gram)
+    rows = _driver.over_groups(one, rows, matrix, cross.reshape(matrix.shape))
+    return _driver.back(rows, leaf, gram).astype(leaf.dtype)
+
+
+def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) -> None:
     """Run the program up to the last governed matmul, pruning on the way."""
     ops = _needed(walk.program)
     last = {slot: at for at, op in enumerate(ops) for slot in op.ins}
@@ -200,6 +227,8 @@ def _run(walk: Walk, prune: _Pruner, early: dict[int, Gram]) -> None:
         later = {slot for slot, when in last.items() if when >= at}
         if pending:
             walk.run(pending, later)
+            if twin is not None:
+                twin.run(pending, later)
             pending.clear()
         for key in [key for key in grams if not key[0] <= later]:
             del grams[key]
@@ -212,7 +241,10 @@ def _run(walk: Walk, prune: _Pruner, early: dict[int, Gram]) -> None:
                     done.add((leaf, index))
                     if leaf in early:
                         matrix = _part(early[leaf].matrix, index)
-                    prune(leaf, index, matrix)
+                    cross = None
+                    if twin is not None and leaf not in early and op.eqn.primitive.name in MATMULS:
+                        cross = cross_at(walk, twin, op, grams)
+                    prune(leaf, index, matrix, cross)
         if not all(slot.shared for slot in op.outs):
             pending.append(op)
 
