@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "alps+dense")  # +dense: dense_targets=True
 
 
 def method_of(name, jp):
@@ -24,8 +24,8 @@ def method_of(name, jp):
         "magnitude": jp.by_saliency(jp.magnitude, per_output=False),
         "wanda": jp.by_saliency(jp.wanda),
         "sparsegpt": jp.sparsegpt,
-        "alps": getattr(jp, "alps", None),
-    }[name]
+        "alps": jp.alps,
+    }[name.removesuffix("+dense")]
 
 
 def run(name, target, texts):
@@ -46,6 +46,7 @@ def run(name, target, texts):
         **pattern,
         method=method_of(name, jp),
         prunable=jp.matching("kernel"),
+        dense_targets=name.endswith("+dense"),
         progress=lambda layer: print(
             f"{layer.path:32} {layer.sparsity:.4f} {layer.error:.5f}", file=sys.stderr, flush=True
         ),
@@ -68,7 +69,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--targets", default="0.5,0.6,2:4")
-    parser.add_argument("--dense-targets", action="store_true")
     parser.add_argument("--out", help="append results to this file, one JSON object a line")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

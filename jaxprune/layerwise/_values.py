@@ -30,7 +30,14 @@ class Store(NamedTuple):
 class Walk:
     """The values of a program as far as it has run: shared ones once, others once per batch."""
 
-    def __init__(self, program: Program, leaves: list[Any], batches: Sequence[Any], store: Store):
+    def __init__(
+        self,
+        program: Program,
+        leaves: Sequence[Any],
+        batches: Sequence[Any],
+        store: Store,
+        compiled: dict[Any, Callable[..., Any]] | None = None,
+    ):
         self.program, self.leaves, self.store = program, list(leaves), store
         self.count = len(batches)
         flat = [jax.tree.leaves(batch) for batch in batches]
@@ -38,7 +45,7 @@ class Walk:
             slot: [args[i] for args in flat] for i, slot in enumerate(program.args)
         }
         self.constants = dict(program.constants)
-        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.compiled = {} if compiled is None else compiled
 
     def shared(self, slot: Slot) -> Any:
         """The value of a shared slot; those derived from a governed leaf are never remembered."""

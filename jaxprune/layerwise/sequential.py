@@ -124,7 +124,7 @@ def prune_layerwise(
     store = Store(activation_dtype, on_host)
     walk = Walk(program, jax.tree.leaves(params), held, store)
     prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress)
-    twin = Walk(program, walk.leaves, held, store) if dense_targets else None
+    twin = Walk(program, walk.leaves, held, store, walk.compiled) if dense_targets else None
     _run(walk, twin, prune, early)
     structure = jax.tree.structure(params)
     masks = [prune.masks.get(i) for i in range(len(traced.paths))]
