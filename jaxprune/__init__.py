@@ -5,11 +5,18 @@ from jaxprune.allocation import (
     allocate_erk,
     allocate_global,
     allocate_lamp,
+    allocate_owl,
     allocate_uniform,
 )
+from jaxprune.calibration import Gram, fan_in_axes, input_grams, input_norms, matmul_weights
 from jaxprune.channels.groups import channel_groups
 from jaxprune.channels.masks import mask_channels
 from jaxprune.flops import flops
+from jaxprune.layerwise.alps import alps
+from jaxprune.layerwise.reconstruct import reconstruct
+from jaxprune.layerwise.saliency import by_saliency
+from jaxprune.layerwise.sequential import prune_layerwise
+from jaxprune.layerwise.sparsegpt import sparsegpt
 from jaxprune.masks import (
     apply_masks,
     density,
@@ -25,6 +32,7 @@ from jaxprune.plan import explain
 from jaxprune.report import get_masks, summarize
 from jaxprune.rules import allocate_by_path, mask_by_path, scale_by_path
 from jaxprune.saliency.accumulate import accumulate, movement
+from jaxprune.saliency.activations import wanda
 from jaxprune.saliency.data import fisher, snip
 from jaxprune.saliency.weights import gradient_magnitude, magnitude, random_saliency, taylor
 from jaxprune.schedules import cubic_sparsity, every
@@ -46,6 +54,7 @@ from jaxprune.transforms.top_kast import top_kast
 
 __all__ = [
     "Blocks",
+    "Gram",
     "Groups",
     "Leaf",
     "Weights",
@@ -55,19 +64,25 @@ __all__ = [
     "allocate_erk",
     "allocate_global",
     "allocate_lamp",
+    "allocate_owl",
     "allocate_uniform",
+    "alps",
     "apply_masks",
+    "by_saliency",
     "channel_groups",
     "cubic_sparsity",
     "density",
     "every",
     "explain",
+    "fan_in_axes",
     "fisher",
     "flops",
     "get_masks",
     "gradient_magnitude",
     "gradual_n_m",
     "granet",
+    "input_grams",
+    "input_norms",
     "keep_params_masked",
     "kernels",
     "magnitude",
@@ -81,13 +96,16 @@ __all__ = [
     "mask_threshold",
     "mask_topk",
     "matching",
+    "matmul_weights",
     "movement",
     "pack_masks",
     "prune",
     "prune_and_grow",
     "prune_below",
     "prune_gradually",
+    "prune_layerwise",
     "random_saliency",
+    "reconstruct",
     "rewind",
     "rigl",
     "scale_by_path",
@@ -96,6 +114,7 @@ __all__ = [
     "shrink_state",
     "snip",
     "sparse_evolutionary",
+    "sparsegpt",
     "sr_ste",
     "straight_through",
     "summarize",
@@ -103,4 +122,5 @@ __all__ = [
     "top_kast",
     "train_straight_through",
     "unpack_masks",
+    "wanda",
 ]

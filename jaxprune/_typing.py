@@ -55,3 +55,18 @@ class Trigger(Protocol):
     def __call__(self, step: Any) -> Any:
         """Return a bool, possibly traced."""
         ...
+
+
+class Layerwise(Protocol):
+    """Weights and masks together, from what each layer's inputs look like."""
+
+    def __call__(
+        self,
+        params: Params,
+        grams: PyTree,
+        sparsity: Any = None,
+        *,
+        n_m: tuple[int, int] | None = None,
+    ) -> tuple[Params, Masks]:
+        """Return corrected parameters and masks."""
+        ...

@@ -151,6 +151,67 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
     return allocate_global(shares, sparsity, min_keep=min_keep)
 
 
+def allocate_owl(
+    scores: Scores,
+    sparsity: Any,
+    *,
+    outlier: float = 5.0,
+    spread: float = 0.08,
+    min_keep: int = 1,
+) -> Counts:
+    r"""Outlier-weighted: leaves with more outliers among their scores keep more.
+
+    .. math:: d_i \propto 1 - s + 2\lambda \left(\frac{D_i - \min D}{\max D - \min D} -
+       \overline{D}\right), \quad D_i = \operatorname{mean}_j [\, s_{ij} > M \bar s_i \,]
+
+    where :math:`\overline{D}` is the mean of the fractions before it over all weights, and the
+    total is exact.
+
+    Args:
+      scores: a tree of floating arrays, ``None`` where not governed, such as ``jp.wanda`` gives.
+      sparsity: fraction of all governed weights to remove, a number or a traced scalar.
+      outlier: M, how many times its leaf's mean a score must pass.
+      spread: :math:`\lambda`, how far a leaf's density may be from the mean.
+      min_keep: weights that each leaf keeps at least.
+
+    Returns:
+      int32 scalars like ``scores``.
+
+    Raises:
+      ValueError: for a concrete sparsity outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> scores = {"a": jnp.ones(100), "b": jnp.ones(100).at[0].set(99.0)}
+      >>> keep = jp.allocate_owl(scores, 0.5)
+      >>> int(keep["a"]), int(keep["b"])
+      (42, 58)
+
+    Reference:
+      Yin et al. Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs
+      to High Sparsity, 2024.
+    """
+    leaves = _governed(scores, sparsity, min_keep)
+    if not leaves:
+        return scores
+    kept = 1 - jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1)
+    weights = _owl([_tree.widen(leaf) for leaf in leaves], kept, outlier, spread)
+    return _split(scores, leaves, sparsity, weights, min_keep)
+
+
+@jax.jit
+def _owl(leaves, kept, outlier, spread) -> jax.Array:
+    """How many weights each leaf would keep, before the total is made exact."""
+    sizes = jnp.asarray(np.array([leaf.size for leaf in leaves], np.float32))
+    bounds = [leaf > jnp.mean(leaf) * jnp.asarray(outlier, leaf.dtype) for leaf in leaves]
+    fractions = jnp.stack([jnp.mean(bound, dtype=jnp.float32) for bound in bounds])
+    low, high = jnp.min(fractions), jnp.max(fractions)
+    unit = jnp.where(high > low, (fractions - low) / jnp.where(high > low, high - low, 1), 0)
+    middle = jnp.sum(unit * sizes) / jnp.sum(sizes)
+    density = jnp.clip(kept + 2 * spread * (unit - middle), 0, 1)
+    return jnp.maximum(jnp.round(density * sizes), 1).astype(jnp.uint32)
+
+
 def shared_selection(
     scores: Scores,
     sparsity: Any,
@@ -220,15 +281,17 @@ def _split(scores, leaves, sparsity, weights, min_keep) -> Counts:
     caps = tuple(leaf.size for leaf in leaves)
     floors = tuple(min(min_keep, cap) for cap in caps)
     budget = _budget(sparsity, sum(caps), sum(floors))
-    keep = _webster(budget, weights=tuple(weights), caps=caps, floors=floors)
+    if not isinstance(weights, jax.Array):
+        weights = np.array(weights, np.uint32)
+    keep = _webster(budget, weights, caps=caps, floors=floors)
     return _unflatten(scores, list(keep))
 
 
-@partial(jax.jit, static_argnames=("weights", "caps", "floors"))
+@partial(jax.jit, static_argnames=("caps", "floors"))
 def _webster(
     budget: _exact.Limbs,
+    weights: jax.Array,
     *,
-    weights: tuple[int, ...],
     caps: tuple[int, ...],
     floors: tuple[int, ...],
 ) -> jax.Array:
@@ -238,12 +301,9 @@ def _webster(
     step further each leaf gains at most one seat, so the seats left over go to the leaves whose
     next seat is cheapest, (2k + 1) / (2 weight), the earlier first.
     """
-    width = np.array(weights, dtype=object)
-    price = _exact.constant(width, 2)
-    cap, floor = (
-        _exact.constant(np.array(caps, object), 2),
-        jnp.asarray(np.array(floors, np.uint32)),
-    )
+    price = _exact.from_uint32(jnp.asarray(weights))
+    cap = _exact.constant(np.array(caps, object), 2)
+    floor = jnp.asarray(np.array(floors, np.uint32))
 
     def seats(multiplier):
         wide = _exact.round_shift(_exact.multiply(price, multiplier), _FRACTION_LIMBS)

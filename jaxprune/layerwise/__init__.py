@@ -1,0 +1,1 @@
+"""Weights and masks together, one layer at a time: one method per file."""

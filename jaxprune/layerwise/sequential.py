@@ -1,0 +1,304 @@
+"""Pruning in execution order: every layer sees what the layers pruned before it send."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune import _jaxpr, _tree
+from jaxprune._typing import Layerwise, Masks, Params, Prunable
+from jaxprune._walk import MATMULS
+from jaxprune.calibration import (
+    Gram,
+    as_args,
+    check_used,
+    find_uses,
+    governed_leaves,
+    input_grams,
+)
+from jaxprune.layerwise import _driver
+from jaxprune.layerwise._program import Op, Program, Slot, build
+from jaxprune.layerwise._values import Store, Walk, cross_at, grams_at
+from jaxprune.layerwise.sparsegpt import sparsegpt
+
+
+class LayerLog(NamedTuple):
+    """What happened to one layer.
+
+    ``error`` is the squared error of the layer's outputs relative to their squared norm.
+    """
+
+    path: str
+    sparsity: float
+    error: float
+
+
+_IMITATION_DAMPING = 0.01
+
+Progress = Callable[[LayerLog], Any]
+
+
+def prune_layerwise(
+    apply: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Any],
+    sparsity: Any = None,
+    *,
+    n_m: tuple[int, int] | None = None,
+    method: Layerwise = sparsegpt,
+    prunable: Prunable = _tree.kernels,
+    progress: Progress | None = None,
+    dense_targets: bool = False,
+    activation_dtype: Any = None,
+    on_host: bool = False,
+) -> tuple[Params, Masks, list[LayerLog]]:
+    r"""Prune layer by layer in execution order, each on the outputs of those already pruned.
+
+    The model is evaluated once, equation by equation, for all batches side by side. Where a
+    governed weight meets its inputs, ``method`` prunes it with the Gram matrix of those, and the
+    walk goes on with the new weight. Layers stacked by scan are pruned one by one. A weight that is
+    used several times, or inside a loop that does not index it, is pruned at its first use, for all
+    of them: with the Gram of the dense model, or of the whole loop.
+
+    Args:
+      apply: ``apply(params, *batch)``, the model.
+      params: a tree of arrays.
+      batches: an iterable of batches of one shape, all held; a tuple is splatted into ``apply``,
+        anything else is one argument.
+      sparsity: fraction of each governed leaf to remove, or a tree of fractions like ``params``.
+      n_m: ``(n, m)`` instead: keep n of each m consecutive inputs of every output.
+      method: any layerwise method: ``jp.sparsegpt``, ``jp.alps``, ``jp.by_saliency(jp.wanda)``.
+      prunable: which leaves are governed.
+      progress: called with a layer's ``path``, ``sparsity`` and relative ``error`` once it is done.
+      dense_targets: imitate the outputs that the layer has in the dense model, not those that the
+        dense weights would give for the inputs that arrive. A second, dense walk goes along.
+      activation_dtype: hold floating calibration activations in this type between layers.
+      on_host: hold them in host memory.
+
+    Returns:
+      ``(params, masks, log)``; ``log`` lists (path, sparsity, error) in execution order.
+
+    Raises:
+      ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, or
+        a Gram is not positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+      >>> params = {"a": jnp.eye(4) + 0.1, "b": jnp.ones((4, 2))}
+      >>> _, masks, log = jp.prune_layerwise(apply, params, [jnp.eye(4)], 0.5)
+      >>> [(layer.path, layer.sparsity) for layer in log]
+      [('a', 0.5), ('b', 0.5)]
+
+    Reference:
+      Frantar, Alistarh. SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot,
+      2023 (calibration on the outputs of pruned layers).
+    """
+    _driver.check_target(sparsity, n_m)
+    held = [as_args(batch) for batch in batches]
+    if not held:
+        raise ValueError("no batches to calibrate on; an exhausted generator gives none either")
+    _check_alike(held)
+    leaves = governed_leaves(params, prunable)
+    traced = _jaxpr.trace(apply, params, *held[0])
+    uses, lost = find_uses(traced, leaves)
+    check_used(traced, leaves, uses, lost)
+    program = build(traced, leaves)
+    _check_met(traced.paths, leaves, program)
+    repeated = _used_again(program)
+    governed = _tree.select(params, prunable)
+    early = {}
+    if repeated:
+        again = {traced.paths[i] for i in repeated}
+        grams = input_grams(apply, params, held, prunable=lambda path, _: path in again)
+        early = dict(zip(sorted(repeated), _grams_in(grams), strict=True))
+    targets = [None] * len(traced.paths)
+    if sparsity is not None:
+        wanted = jax.tree.leaves(_driver.per_leaf(governed, sparsity))
+        for i, target in zip(sorted(leaves), wanted, strict=True):
+            targets[i] = target
+    store = Store(activation_dtype, on_host)
+    walk = Walk(program, jax.tree.leaves(params), held, store)
+    prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress)
+    twin = Walk(program, walk.leaves, held, store, walk.compiled) if dense_targets else None
+    _run(walk, twin, prune, early)
+    structure = jax.tree.structure(params)
+    masks = [prune.masks.get(i) for i in range(len(traced.paths))]
+    return (
+        jax.tree.unflatten(structure, walk.leaves),
+        jax.tree.unflatten(structure, masks),
+        prune.log,
+    )
+
+
+def relative_error(old: jax.Array, new: jax.Array, gram: Gram) -> jax.Array:
+    r""":math:`\|X (\hat W - W)\|^2 / \|X W\|^2`, zero where the outputs are."""
+    change = _energy(_driver.as_groups(new, gram) - _driver.as_groups(old, gram), gram)
+    whole = _energy(_driver.as_groups(old, gram), gram)
+    return jnp.where(whole > 0, change / jnp.where(whole > 0, whole, 1), 0)
+
+
+_relative_error = jax.jit(relative_error)
+
+
+def _energy(rows: jax.Array, gram: Gram) -> jax.Array:
+    matrix = _driver.matrices(gram)
+    moved = jnp.einsum("gon,gnm->gom", rows, matrix, precision=lax.Precision.HIGHEST)
+    return jnp.sum(moved * rows)
+
+
+class _Pruner:
+    """Prunes parts of leaves as they are met, and remembers masks and the log."""
+
+    def __init__(self, paths, leaves, uses, targets, n_m, method, progress):
+        self.paths, self.leaves, self.uses, self.targets = paths, leaves, uses, targets
+        self.n_m, self.method, self.progress = n_m, method, progress
+        self.masks: dict[int, jax.Array] = {}
+        self.log: list[LayerLog] = []
+
+    def __call__(
+        self, leaf: int, index: tuple[Any, ...], matrix: jax.Array, cross: jax.Array | None
+    ) -> None:
+        """Prune the part of a leaf at ``index`` (of its stack) with the part's Gram."""
+        use, whole = self.uses[leaf], self.leaves[leaf]
+        taken = {a: i for a, i in zip(use.stack, index, strict=True) if i is not None}
+        starts = tuple(taken.get(a, 0) for a in range(whole.ndim))
+        sizes = tuple(1 if a in taken else n for a, n in enumerate(whole.shape))
+        old = _block(whole, starts, sizes) if taken else whole
+        gram = Gram(matrix, use.axes, use.stack)
+        if cross is not None:
+            old = _imitating(old, gram, cross)
+        position = "".join(f"[{taken[a]}]" for a in sorted(taken))
+        path = self.paths[leaf] + position
+        options = {} if self.n_m is None else {"n_m": self.n_m}
+        new, mask = self.method({path: old}, {path: gram}, self.targets[leaf], **options)
+        error = _relative_error(old, new[path], gram)
+        if taken:
+            before = self.masks.get(leaf, jnp.ones(whole.shape, bool))
+            self.masks[leaf] = _replace(before, mask[path], starts)
+            self.leaves[leaf] = _replace(whole, new[path], starts)
+        else:
+            self.masks[leaf], self.leaves[leaf] = mask[path], new[path]
+        removed = 1 - float(jnp.mean(mask[path], dtype=jnp.float32))
+        self.log.append(LayerLog(path, removed, float(error)))
+        if self.progress is not None:
+            self.progress(self.log[-1])
+
+
+@partial(jax.jit, static_argnames="sizes")
+def _block(x, starts, sizes):
+    return lax.dynamic_slice(x, starts, sizes)
+
+
+@jax.jit
+def _replace(x, part, starts):
+    return lax.dynamic_update_slice(x, part, starts)
+
+
+@jax.jit
+def _imitating(leaf: jax.Array, gram: Gram, cross: jax.Array) -> jax.Array:
+    """The dense weights that best turn what arrives into the outputs of the dense model."""
+
+    def one(rows, matrix, cross):
+        damped, _ = _driver.regularize(matrix, _IMITATION_DAMPING)
+        missing = jnp.matmul(rows, (cross - matrix).T, precision=lax.Precision.HIGHEST)
+        factor = jax.scipy.linalg.cho_factor(damped)
+        return rows + jax.scipy.linalg.cho_solve(factor, missing.T).T
+
+    matrix = _driver.matrices(gram)
+    rows = _driver.as_groups(leaf, gram)
+    rows = _driver.over_groups(one, rows, matrix, cross.reshape(matrix.shape))
+    return _driver.back(rows, leaf, gram).astype(leaf.dtype)
+
+
+def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) -> None:
+    """Run the program up to the last governed matmul, pruning on the way."""
+    ops = _needed(walk.program)
+    last = {slot: at for at, op in enumerate(ops) for slot in op.ins}
+    pending: list[Op] = []
+    done: set[tuple[int, tuple[Any, ...]]] = set()
+    grams: dict[Any, jax.Array] = {}
+
+    def flush(at):
+        later = {slot for slot, when in last.items() if when >= at}
+        if pending:
+            walk.run(pending, later)
+            if twin is not None:
+                twin.run(pending, later)
+            pending.clear()
+        for key in [key for key in grams if not key[0] <= later]:
+            del grams[key]
+
+    for at, op in enumerate(ops):
+        if op.leaves:
+            flush(at)
+            for leaf, index, matrix in grams_at(walk, op, prune.uses, grams):
+                if (leaf, index) not in done:
+                    done.add((leaf, index))
+                    if leaf in early:
+                        matrix = _part(early[leaf].matrix, index)
+                    cross = None
+                    if twin is not None and leaf not in early and op.eqn.primitive.name in MATMULS:
+                        cross = cross_at(walk, twin, op, grams)
+                    prune(leaf, index, matrix, cross)
+        if not all(slot.shared for slot in op.outs):
+            pending.append(op)
+
+
+def _needed(program: Program) -> list[Op]:
+    """The operations that governed matmuls depend on, and those matmuls, in order."""
+    wanted: set[Slot] = set()
+    kept = []
+    for op in reversed(program.ops):
+        if op.leaves or any(slot in wanted for slot in op.outs):
+            kept.append(op)
+            wanted.update(op.ins)
+    return kept[::-1]
+
+
+def _part(matrix: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+    for axis, at in enumerate(index):
+        if at is not None:
+            matrix = lax.dynamic_slice_in_dim(matrix, at, 1, axis)
+    return matrix
+
+
+def _used_again(program: Program) -> set[int]:
+    """Leaves of which a part meets more than one operation."""
+    seen: set[Any] = set()
+    again = set()
+    for op in program.ops:
+        for leaf in op.leaves:
+            for x in op.operands:
+                trail = getattr(x, "trail", None)
+                if trail is not None and trail.leaf == leaf:
+                    if (leaf, trail.index) in seen:
+                        again.add(leaf)
+                    seen.add((leaf, trail.index))
+    return again
+
+
+def _grams_in(grams: Any) -> list[Gram]:
+    return jax.tree.leaves(grams, is_leaf=lambda x: isinstance(x, Gram))
+
+
+def _check_alike(batches: Sequence[Any]) -> None:
+    first = jax.tree.map(jax.typeof, batches[0])
+    for i, batch in enumerate(itertools.islice(batches, 1, None), start=1):
+        if jax.tree.map(jax.typeof, batch) != first:
+            raise ValueError(
+                f"batch {i} has other shapes than the first; cut or pad batches to one shape"
+            )
+
+
+def _check_met(paths, leaves: set[int], program: Program) -> None:
+    met = {leaf for op in program.ops for leaf in op.leaves}
+    for leaf in sorted(leaves - met):
+        raise ValueError(
+            f"{paths[leaf]}: which part of it a matmul reads depends on data; leave it out with "
+            "prunable, or prune with jp.input_grams and the method itself"
+        )

@@ -1,0 +1,162 @@
+"""SparseGPT: prune column by column, and let the columns to the right make up for it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune import _topk
+from jaxprune._typing import Masks, Params, PyTree
+from jaxprune.allocation import allocate_uniform
+from jaxprune.layerwise import _driver
+from jaxprune.structures.n_m import mask_n_m
+
+
+def sparsegpt(
+    params: Params,
+    grams: PyTree,
+    sparsity: Any = None,
+    *,
+    n_m: tuple[int, int] | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+) -> tuple[Params, Masks]:
+    r"""Prune column by column; columns not yet reached are corrected for the error made.
+
+    .. math:: s_{ij} = w_{ij}^2 / u_{jj}^2, \quad
+       w_{i,j:} \leftarrow w_{i,j:} - \frac{w_{ij}}{u_{jj}}\, u_{j,j:} \ \text{where pruned}, \quad
+       U^\top U = (G + \delta \overline{\operatorname{diag} G}\, I)^{-1}
+
+    Inputs that are always zero (dead) lose their weights' values.
+
+    Args:
+      params: a tree of arrays.
+      grams: ``jp.Gram`` leaves like ``params``, ``None`` where not governed.
+      sparsity: fraction of each governed leaf to remove, or a tree of fractions like ``params``.
+      n_m: ``(n, m)`` instead: keep n of each m consecutive inputs of every output.
+      block: columns whose mask is chosen together and whose errors reach the rest lazily.
+      damping: added to the diagonal, relative to its mean.
+
+    Returns:
+      ``(params, masks)``: corrected weights, exactly zero where pruned, and bool masks.
+
+    Raises:
+      ValueError: if the damped Gram is not positive definite, a Gram does not fit its leaf, m does
+        not divide the fan-in, or not exactly one of ``sparsity`` and ``n_m`` is given.
+      TypeError: if a leaf of ``grams`` is not a ``jp.Gram``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> grams = {"w": jp.Gram(jnp.array([[2.0, 1.9], [1.9, 2.0]]), axes=(0,))}
+      >>> params, masks = jp.sparsegpt({"w": jnp.array([[1.0], [2.0]])}, grams, 0.5)
+      >>> masks["w"].ravel().tolist(), round(float(params["w"][1, 0]), 2)
+      ([False, True], 2.94)
+
+    Reference:
+      Frantar, Alistarh. SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot,
+      2023.
+    """
+    if block < 1:
+        raise ValueError(f"block is {block}; it is a number of columns, 1 or more")
+
+    def solve(rows, gram, target):
+        groups, outputs, n = rows.shape
+        width = min(block if n_m is None else max(block // n_m[1], 1) * n_m[1], n)
+        keep = None if n_m else _keep_of_blocks(groups, outputs, n, width, target)
+        return _solve(rows, gram, keep, jnp.asarray(damping, gram.dtype), n_m=n_m, block=width)
+
+    return _driver.prune_leaves(params, grams, sparsity, n_m, solve)
+
+
+def _keep_of_blocks(groups, outputs, n, block, sparsity) -> jax.Array:
+    """How many weights each block of columns keeps, (groups, blocks): the leaf's total is exact."""
+    sizes = [min(block, n - at) for at in range(0, n, block)]
+    blocks = [jax.ShapeDtypeStruct((outputs, size), jnp.float32) for size in sizes]
+    keep = allocate_uniform(blocks * groups, sparsity, min_keep=0)
+    return jnp.stack(keep).reshape(groups, len(sizes))
+
+
+@partial(jax.jit, static_argnames=("n_m", "block"))
+def _solve(rows, gram, keep, damping, *, n_m, block):
+    n = rows.shape[-1]
+    short = -n % block
+    if keep is None:
+        keep = jnp.zeros((rows.shape[0], (n + short) // block), jnp.int32)
+
+    def one(rows, gram, keep):
+        damped, alive = _driver.regularize(gram, damping)
+        factor, healthy = inverse_factor(damped)
+        columns = jnp.where(alive[:, None], rows.T, 0.0)
+        columns = jnp.pad(columns, [(0, short), (0, 0)])
+        factor = jnp.pad(factor, [(0, short), (0, short)]).at[n:, n:].set(jnp.eye(short))
+        solved, mask = _sweep(columns, factor, keep, n, n_m, block)
+        return solved[:n].T, mask[:n].T, healthy
+
+    solved, mask, healthy = _driver.over_groups(one, rows, gram, keep)
+    return solved, mask, jnp.all(healthy)
+
+
+def inverse_factor(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Upper U with ``U^T U = gram^-1``, and whether the Gram is positive definite.
+
+    Factoring the Gram from its last row up gives the inverse of U, so the inverse of the Gram
+    itself is never formed.
+    """
+    lower, healthy = _driver.factor(gram[::-1, ::-1])
+    inverse = lax.linalg.triangular_solve(
+        lower, jnp.eye(gram.shape[0], dtype=gram.dtype), left_side=True, lower=True
+    )
+    return inverse[::-1, ::-1], healthy
+
+
+def _sweep(columns, factor, keep, n, n_m, block):
+    """All blocks from left to right; weights are (fan-in, outputs), so a column is contiguous."""
+    total, outputs = columns.shape
+    group = block if n_m is None else n_m[1]
+    real = jnp.arange(total) < n
+
+    def choose(weights, diagonal, at, keep):
+        scores = jnp.square(weights / diagonal[:, None])
+        if n_m is not None:
+            return mask_n_m(scores, *n_m, axis=0)
+        here = lax.dynamic_slice(real, (at,), (group,))
+        scores = jnp.where(here[:, None], scores, -1.0)
+        return _topk.top([scores], [keep])[0]
+
+    def do_block(b, state):
+        columns, mask = state
+        at = b * block
+        square = lax.dynamic_slice(factor, (at, at), (block, block))
+        weights = lax.dynamic_slice(columns, (at, 0), (block, outputs))
+
+        def do_group(g, state):
+            weights, kept, errors = state
+            inside = g * group
+            part = lax.dynamic_slice(weights, (inside, 0), (group, outputs))
+            diagonal = lax.dynamic_slice(jnp.diagonal(square), (inside,), (group,))
+            chosen = choose(part, diagonal, at + inside, keep[b])
+            kept = lax.dynamic_update_slice(kept, chosen, (inside, 0))
+
+            def do_column(j, state):
+                weights, errors = state
+                i = inside + j
+                error = jnp.where(chosen[j], 0.0, weights[i] / square[i, i])
+                weights = weights - square[i][:, None] * error[None, :]
+                return weights, errors.at[i].set(error)
+
+            weights, errors = lax.fori_loop(0, group, do_column, (weights, errors))
+            return weights, kept, errors
+
+        start = (weights, jnp.zeros(weights.shape, bool), jnp.zeros_like(weights))
+        weights, kept, errors = lax.fori_loop(0, block // group, do_group, start)
+        weights = jnp.where(kept, weights, 0.0)
+        later = lax.dynamic_slice(factor, (at, 0), (block, total))
+        later = jnp.where(jnp.arange(total) >= at + block, later, 0.0)
+        columns = columns - jnp.matmul(later.T, errors, precision=lax.Precision.HIGHEST)
+        columns = lax.dynamic_update_slice(columns, weights, (at, 0))
+        return columns, lax.dynamic_update_slice(mask, kept, (at, 0))
+
+    state = (columns, jnp.zeros(columns.shape, bool))
+    return lax.fori_loop(0, total // block, do_block, state)
