@@ -27,6 +27,12 @@ def check_min_keep(min_keep: int) -> None:
         raise ValueError(f"min_keep is {min_keep}; it counts weights, 0 or more")
 
 
+def check_trigger(when: Any) -> None:
+    """Raise a ``TypeError`` for a trigger that is no function."""
+    if not callable(when):
+        raise TypeError(f"when is {when!r}; it is a function of the step, such as jp.every(10)")
+
+
 def as_schedule(value: Any, name: str, check: Callable[[Any, str], None]) -> Callable[[Any], Any]:
     """A number or schedule as a schedule; a number is checked now."""
     if callable(value):

@@ -53,7 +53,8 @@ def get_masks(state: PyTree, params: Params) -> Masks:
         if len(leaves) != len(paths):
             raise ValueError(
                 f"the state masks {len(leaves)} leaves, params has {len(paths)}; pass the "
-                "parameters that the optimizer was initialized with"
+                "parameters that the optimizer was initialized with (of an NNX model, "
+                "nnx.state(model, nnx.Param))"
             )
         for i, leaf in enumerate(leaves):
             if leaf is None:
@@ -88,12 +89,16 @@ class Summary(NamedTuple):
     Attributes:
       leaves: one row for each governed leaf.
       requested: the sparsity last asked for, where the optimizer state knows it.
+      target: the sparsity asked for in the end, likewise.
       others: weights of the model that are not governed.
+      revived: weights that are masked and yet not zero.
     """
 
     leaves: tuple[LeafSummary, ...]
     requested: float | None
+    target: float | None
     others: int
+    revived: int
 
     @property
     def kept(self) -> int:
@@ -114,7 +119,9 @@ class Summary(NamedTuple):
         """Flat numbers for a logger: sparsity per path and in total, counts, what was asked for."""
         numbers: dict[str, float] = {f"sparsity/{row.path}": row.sparsity for row in self.leaves}
         numbers |= {"sparsity": self.sparsity, "kept": self.kept, "size": self.size}
-        return numbers if self.requested is None else numbers | {"requested": self.requested}
+        numbers |= {"revived": self.revived}
+        known = {"requested": self.requested, "target": self.target}
+        return numbers | {name: value for name, value in known.items() if value is not None}
 
     def __str__(self) -> str:
         table = self._table()
@@ -126,10 +133,25 @@ class Summary(NamedTuple):
     def _repr_html_(self) -> str:
         return _table.markup(self._table())
 
+    def _wanted(self) -> str:
+        """What was asked for, and why it may not be what was reached."""
+        if self.requested is None:
+            return ""
+        wanted = f"asked for {self.requested:.4%}"
+        if self.target is not None and self.target != self.requested:
+            wanted += f" so far, {self.target:.4%} in the end"
+        if abs(self.kept - self.size * (1 - self.requested)) > 1:
+            wanted += f", nearest that floors, rules and whole units reach: {self.sparsity:.4%}"
+        return wanted
+
     def _table(self) -> list[tuple[str, ...]]:
-        wanted = "" if self.requested is None else f"asked for {self.requested:.4%}"
         others = f"{self.others:,} weights not governed" if self.others else ""
-        note = "; ".join(part for part in (wanted, others) if part)
+        revived = (
+            f"{self.revived:,} MASKED WEIGHTS ARE NOT ZERO: apply_masks, or put jaxprune's "
+            "transform outermost"
+        )
+        parts = (self._wanted(), others, revived if self.revived else "")
+        note = "; ".join(part for part in parts if part)
         rows = [
             (
                 row.path,
@@ -168,24 +190,27 @@ def summarize(params: Params, masks: Any = None) -> Summary:
       ------------------------------------
       total              2     4  50.0000%
     """
-    requested = None
+    requested = target = None
     if masks is None:
         masks = jax.tree.map(lambda p: p != 0, _tree.select(params))
     else:
         states = list(_pruning_states(masks))
         if states:
-            known = [float(_value(s.sparsity)) for s in states if isinstance(s, PruningState)]
-            requested = known[0] if len(known) == 1 and not math.isnan(known[0]) else None
+            known = [s for s in states if isinstance(s, PruningState)]
+            if len(known) == 1 and not math.isnan(_value(known[0].sparsity)):
+                requested = float(_value(known[0].sparsity))
+                (target,) = (float(_value(v)) for v in known[0].target.values())
             masks = get_masks(masks, params)
     _tree.check_masks(masks, params)
     rows: list[LeafSummary] = []
-    others, seen = 0, dict[int, str]()
+    others, revived, seen = 0, 0, dict[int, str]()
     pairs = zip(_tree.leaves_with_paths(params), _tree.leaves_with_paths(masks), strict=True)
     for (path, leaf), (_, mask) in pairs:
         if mask is None:
             others += math.prod(np.shape(leaf)) if leaf is not None else 0
             continue
         kept = int(np.count_nonzero(mask))
+        revived += int(jnp.sum((leaf != 0) & ~mask, dtype=jnp.int32))
         note = "at its floor" if kept <= 1 < mask.size else ""
         if id(leaf) in seen:
             note = f"same array as {seen[id(leaf)]}; share one leaf, or its masks may differ"
@@ -193,7 +218,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
         rows.append(LeafSummary(path, tuple(leaf.shape), kept, mask.size, note))
     if not rows:
         raise ValueError("nothing to summarize: no leaf is governed")
-    return Summary(tuple(rows), requested, others)
+    return Summary(tuple(rows), requested, target, others, revived)
 
 
 def _pruning_states(tree: PyTree) -> Iterator[PruningState | MaskedParamsState]:

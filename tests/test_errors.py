@@ -53,6 +53,12 @@ def test_thresholds_and_fractions():
         jp.allocate_global(SCORES, 0.5, costs={"dense": {"kernel": 0.0, "bias": None}})
 
 
+def test_triggers_are_functions():
+    for build in (jp.prune_gradually, jp.train_straight_through):
+        with pytest.raises(TypeError, match=r"when is 10; .* jp.every\(10\)"):
+            build(optax.sgd(0.1), 0.5, when=10)
+
+
 def test_triggers_and_schedules():
     for call in (lambda: jp.every(0), lambda: jp.every(1, begin=-1), lambda: jp.every(1, end=-1)):
         with pytest.raises(ValueError, match="every"):

@@ -18,9 +18,39 @@ def trained(tx, params=PARAMS):
     return state
 
 
+def updated(tx):
+    updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    return optax.apply_updates(PARAMS, updates), state
+
+
+def test_masked_weights_that_are_not_zero_are_reported():
+    scaled = optax.chain(
+        jp.prune_gradually(optax.sgd(0.0), 0.9, when=jp.every(1)), optax.scale(0.5)
+    )
+    report = jp.summarize(*updated(scaled))
+    assert report.revived == 180
+    assert "180 MASKED WEIGHTS ARE NOT ZERO" in str(report)
+    assert (
+        jp.summarize(*updated(jp.prune_gradually(optax.sgd(0.0), 0.9, when=jp.every(1)))).revived
+        == 0
+    )
+
+
+def test_a_schedule_that_stops_short_names_its_end():
+    tx = jp.prune_gradually(optax.sgd(0.0), jp.cubic_sparsity(0.9, 8), when=lambda step: step == 4)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(6):
+        updates, state = tx.update(PARAMS, state, params)
+        params = optax.apply_updates(params, updates)
+    report = jp.summarize(params, state)
+    assert report.requested == pytest.approx(0.7875)
+    assert report.target == pytest.approx(0.9)
+    assert "asked for 78.7500% so far, 90.0000% in the end" in str(report)
+
+
 def test_table_numbers_and_html():
     tx = jp.prune_gradually(optax.sgd(0.0), 0.9, when=jp.every(1))
-    report = jp.summarize(PARAMS, trained(tx))
+    report = jp.summarize(*updated(tx))
     assert (report.kept, report.size, report.others) == (20, 200, 10)
     assert report.requested == pytest.approx(0.9)
     numbers = report.as_dict()
@@ -38,8 +68,11 @@ def test_floors_and_ties_are_pointed_out():
     report = jp.summarize({"x": {"kernel": leaf}, "y": {"kernel": leaf}})
     assert "same array as x/kernel" in str(report)
     tx = jp.prune_gradually(optax.sgd(0.0), 1.0, when=jp.every(1))
-    report = jp.summarize(PARAMS, trained(tx))
+    report = jp.summarize(*updated(tx))
     assert str(report).count("at its floor") == 2
+    assert "asked for 100.0000%, nearest that floors, rules and whole units reach: 99.0" in str(
+        report
+    )
     assert report.kept == 2
 
 

@@ -251,7 +251,7 @@ TRANSFORMS = {
         optax.adamw(0.01),
         jp.cubic_sparsity(0.5, 6),
         when=jp.every(2, end=6),
-        mask=lambda s, k: jp.mask_groups(s, k, axes=0, size=4),
+        mask=lambda s, k: jp.mask_groups(s, k, axes=0, size=2),
         **kw,
     ),
 }
@@ -273,7 +273,7 @@ def check_structure(name, mask):
         blocks = mask.reshape(4, 4, 6, 4)
         assert (blocks.all((1, 3)) == blocks.any((1, 3))).all()
     else:
-        heads = mask.reshape(16, 6, 4)
+        heads = mask.reshape(16, 12, 2)
         assert (heads.all((0, 2)) == heads.any((0, 2))).all()
 
 

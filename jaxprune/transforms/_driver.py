@@ -79,12 +79,13 @@ def masked_training(
       regrows: whether weights may come back; the optimizer is then checked in ``init``.
       packed: store the masks one bit a weight.
     """
+    _checks.check_trigger(when)
     inner = optax.with_extra_args_support(inner)
     goal = _checks.Target(target)
 
     def init(params: Params) -> PruningState:
-        check_composes(inner, params)
         masks, sparsity = start(params)
+        check_composes(inner, params)
         if regrows and jax.tree.leaves(masks):
             check_restartable(inner, params)
         governed = _tree.map_governed(lambda _, p: p, masks, params)

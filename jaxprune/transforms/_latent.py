@@ -44,6 +44,7 @@ def latent_training(
     The state's ``dense`` holds the dense weights and their ``reach``: the weights that are trained,
     all of them unless there is a ``backward_sparsity``.
     """
+    _checks.check_trigger(when)
     inner = optax.with_extra_args_support(inner)
     schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
     goal = _checks.Target(schedule)
@@ -53,8 +54,8 @@ def latent_training(
         backward = _checks.as_schedule(backward_sparsity, name, _checks.check_sparsity)
 
     def init(params):
-        check_composes(inner, params, latent=True)
         start = starting_masks(params, prunable, masks)
+        check_composes(inner, params, latent=True)
         governed = _tree.map_governed(lambda _, p: jnp.array(p, copy=True), start, params)
         reach = () if backward is None else starting_masks(params, prunable)
         return PruningState(
