@@ -43,8 +43,29 @@ def test_shrink_cnn():
     assert "shrunk" in out
 
 
+def test_per_layer_rules():
+    out = example("per_layer_rules", "--steps", 30)
+    assert "most nonzero weights of any 4 in block_1: 2" in out
+    assert "of 4" in next(line for line in out.splitlines() if line.startswith("heads left"))
+
+
+def test_prune_gru():
+    out = example("prune_gru", "--steps", 40, "--seeds", 1)
+    assert "GRU pruned" in out
+    assert "LSTM pruned" in out
+    assert "90.00" in out
+
+
 @pytest.mark.parametrize(
-    "name", ["quickstart", "gradient_threshold", "lottery_ticket", "shrink_cnn"]
+    "name",
+    [
+        "quickstart",
+        "gradient_threshold",
+        "lottery_ticket",
+        "per_layer_rules",
+        "prune_gru",
+        "shrink_cnn",
+    ],
 )
 def test_help(name):
     assert "--seed" in example(name, "--help")
