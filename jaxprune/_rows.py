@@ -44,7 +44,9 @@ def _order(shape: Sequence[int], use: Use) -> tuple[list[int], list[int]]:
     """The shape with every stacked axis split into (groups, rest), and the order of ``to_rows``."""
     parts = dict(zip(use.stack, use.groups, strict=True))
     split: list[int] = []
-    stacked, outputs, inputs = [], [], []
+    stacked: list[int] = []
+    outputs: list[int] = []
+    inputs: list[int] = []
     for axis, n in enumerate(shape):
         if axis in parts:
             stacked.append(len(split))

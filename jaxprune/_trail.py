@@ -47,18 +47,18 @@ Dim = tuple[Piece, ...]
 class Trail(NamedTuple):
     """The leaf a value derives from and its shape, what the dimensions are, and entries taken.
 
-    ``index`` pairs a leaf axis with the position at which a slice or a loop took one entry of it.
+    ``taken`` pairs a leaf axis with the position at which a slice or a loop took one entry of it.
     """
 
     leaf: int
     shape: tuple[int, ...]
     dims: tuple[Dim, ...]
-    index: tuple[tuple[int, Any], ...] = ()
+    taken: tuple[tuple[int, Any], ...] = ()
 
     def take(self, dim: int, position: Any) -> "Trail | None":
         """The trail of one entry along ``dim``, which disappears; ``None`` if it is not an axis."""
-        taken = self.take_keeping(dim, position)
-        return taken and taken._replace(dims=taken.dims[:dim] + taken.dims[dim + 1 :])
+        kept = self.take_keeping(dim, position)
+        return kept and kept._replace(dims=kept.dims[:dim] + kept.dims[dim + 1 :])
 
     def take_keeping(self, dim: int, position: Any) -> "Trail | None":
         """As ``take``, with ``dim`` left at size one."""
@@ -67,8 +67,8 @@ class Trail(NamedTuple):
         if len(real) > 1 or any(self._partial(piece) for piece in real):
             return None
         axes = [piece.axis for piece in (real or pieces) if piece.axis is not None]
-        index = self.index + tuple((axis, position) for axis in axes)
-        return self._replace(dims=(*self.dims[:dim], (), *self.dims[dim + 1 :]), index=index)
+        taken = self.taken + tuple((axis, position) for axis in axes)
+        return self._replace(dims=(*self.dims[:dim], (), *self.dims[dim + 1 :]), taken=taken)
 
     def _partial(self, piece: Piece) -> bool:
         return piece.axis is not None and piece.size != self.shape[piece.axis]
@@ -91,8 +91,9 @@ def follow(eqn: core.JaxprEqn, trails: Sequence[Trail | None], values: Sequence[
         return lost
     trail = trails[tagged[0]]
     assert trail is not None
-    shape = eqn.invars[tagged[0]].aval.shape
-    out = eqn.outvars[0].aval.shape
+    source: Any = eqn.invars[tagged[0]].aval
+    result: Any = eqn.outvars[0].aval
+    shape, out = source.shape, result.shape
     if name in _ELEMENTWISE:
         return [trail] if out == shape else lost
     if name == "transpose":

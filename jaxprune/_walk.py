@@ -30,13 +30,13 @@ class Use(NamedTuple):
 class Meeting(NamedTuple):
     """A leaf and its inputs: ``x`` is (*groups met here, rows, fan-in), float32 or wider.
 
-    ``index`` has one entry per axis of ``use.stack``: a position that a loop fixed, or ``None``
+    ``taken`` has one entry per axis of ``use.stack``: a position that a loop fixed, or ``None``
     where ``x`` has that axis.
     """
 
     leaf: int
     use: Use
-    index: tuple[Any, ...]
+    taken: tuple[Any, ...]
     x: jax.Array
 
 
@@ -200,7 +200,10 @@ def _meet(trail: Trail, x, batch, rows: int, contracted) -> Meeting | None:
     x = _wide(x).reshape(shape)
     first = sum(len(dim) for dim in batch)
     last = first + rows
-    stacked, fan_in, free, summed = [], [], list(range(first, last)), []
+    free = list(range(first, last))
+    stacked: list[tuple[int, int, int, int]] = []
+    fan_in: list[tuple[int, int, int, int]] = []
+    summed: list[int] = []
     for i, piece in enumerate(pieces):
         at = i if i < first else i + rows
         if piece.axis is None:
@@ -220,7 +223,7 @@ def _meet(trail: Trail, x, batch, rows: int, contracted) -> Meeting | None:
         if axis in axes or not (major or n == 1):
             return None
         groups[axis] = n * groups.get(axis, 1)
-    taken = dict(trail.index)
+    taken = dict(trail.taken)
     if not axes or not covered or any(a in axes or a in groups for a in taken):
         return None
     x = x.transpose(*(at for *_, at in stacked), *free, *summed, *(at for *_, at in fan_in))
@@ -239,15 +242,17 @@ def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
     """
     body = eqn.params["jaxpr"].jaxpr
     slices = sum(
-        atom.aval.ndim > inner.aval.ndim
-        for atom, inner in zip(eqn.invars, body.invars, strict=True)
+        _rank(atom) > _rank(inner) for atom, inner in zip(eqn.invars, body.invars, strict=True)
     )
     carried = sum(
-        var.aval.ndim == inner.aval.ndim
-        for var, inner in zip(eqn.outvars, body.outvars, strict=True)
+        _rank(var) == _rank(inner) for var, inner in zip(eqn.outvars, body.outvars, strict=True)
     )
     last = len(eqn.invars) - slices
     return last - carried, last
+
+
+def _rank(atom: Any) -> int:
+    return atom.aval.ndim
 
 
 def wide_dtype(dtype: Any) -> Any:

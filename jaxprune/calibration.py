@@ -281,11 +281,11 @@ def trails_of(traced: _jaxpr.Traced, leaves: set[int]) -> list[_trail.Trail | No
 def add_at(total: jax.Array, meeting: Meeting, part: jax.Array) -> jax.Array:
     """``total`` with ``part``, the statistic of a meeting, added where the meeting belongs."""
     sizes = [
-        n if at is None else 1 for n, at in zip(meeting.use.groups, meeting.index, strict=True)
+        n if at is None else 1 for n, at in zip(meeting.use.groups, meeting.taken, strict=True)
     ]
     rest = total.shape[len(sizes) :]
     zero = jnp.zeros((), jnp.int32)
-    starts = [zero if at is None else jnp.asarray(at, jnp.int32) for at in meeting.index]
+    starts = [zero if at is None else jnp.asarray(at, jnp.int32) for at in meeting.taken]
     starts += [zero] * len(rest)
     before = lax.dynamic_slice(total, starts, [*sizes, *rest])
     return lax.dynamic_update_slice(

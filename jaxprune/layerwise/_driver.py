@@ -53,7 +53,7 @@ def check_target(sparsity: Any, n_m: tuple[int, int] | None) -> None:
 
 def per_leaf(params: Params, sparsity: Any) -> PyTree:
     """``sparsity`` for every leaf; a tree like ``params`` has one for each."""
-    if sparsity is None or jax.tree.structure(sparsity) == jax.tree.structure(0.0):
+    if sparsity is None or jax.tree_util.all_leaves([sparsity]):
         value = 0.0 if sparsity is None else sparsity
         _checks.check_sparsity(value)
         return _tree.map_governed(lambda _: value, params)

@@ -35,7 +35,7 @@ class Op(NamedTuple):
     key: Any
     ins: tuple[Slot, ...]
     outs: tuple[Slot, ...]
-    eqn: core.JaxprEqn | None = None
+    eqn: Any = None
     operands: tuple[Any, ...] = ()
     leaves: tuple[int, ...] = ()
 
@@ -215,15 +215,15 @@ def _meetings_inside(eqn: core.JaxprEqn, trails) -> list[_walk.Meeting]:
     def run(values):
         return _walk.step(eqn, values, trails, watch, ()).values
 
-    avals = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
-    jax.eval_shape(run, avals)
+    avals: list[Any] = [x.aval for x in eqn.invars]
+    jax.eval_shape(run, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals])
     return found
 
 
 def _indexed_inside(meeting: _walk.Meeting, trails) -> bool:
     """Whether the loop, and not something around it, picks the part of the leaf that is met."""
-    outside = max(len(t.index) for t in trails if t is not None and t.leaf == meeting.leaf)
-    return sum(at is not None for at in meeting.index) > outside
+    outside = max(len(t.taken) for t in trails if t is not None and t.leaf == meeting.leaf)
+    return sum(at is not None for at in meeting.taken) > outside
 
 
 def _key(value: Any) -> Any:

@@ -110,9 +110,9 @@ def grams_at(
     """The Grams of all leaves that an operation consumes: (leaf, index, matrix) each."""
     trails = [getattr(x, "trail", None) for x in op.operands]
     inputs = frozenset(x for x in op.operands if isinstance(x, Slot) and x.trail is None)
-    kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.index)) for t in trails)
+    kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.taken)) for t in trails)
     key = (inputs, op.key, kinds, tuple(str(x.aval) for x in op.operands))
-    positions = {t.leaf: dict(t.index) for t in trails if t is not None}
+    positions = {t.leaf: dict(t.taken) for t in trails if t is not None}
     if key not in cache or op.eqn.primitive.name != "dot_general":
         cache[key] = _sum_grams(walk, op, trails, key[1:], uses)
     found = cache[key]
@@ -126,8 +126,8 @@ def _sum_grams(walk: Walk, op: Op, trails, key, uses) -> list[jax.Array]:
 
     Positions that are fixed outside are set to zero, in matrices with a single entry there.
     """
-    inner = [t and t._replace(index=tuple((a, 0) for a, _ in t.index)) for t in trails]
-    fixed = {t.leaf: {a for a, _ in t.index} for t in trails if t is not None}
+    inner = [t and t._replace(taken=tuple((a, 0) for a, _ in t.taken)) for t in trails]
+    fixed = {t.leaf: {a for a, _ in t.taken} for t in trails if t is not None}
 
     def start(leaf):
         use = uses[leaf]
@@ -163,12 +163,12 @@ def cross_at(walk: Walk, dense: Walk, op: Op, cache: dict[Any, Any]) -> jax.Arra
     """``X^T X_dense`` at a matmul: what arrives against what arrives in the dense model."""
     trails = [getattr(x, "trail", None) for x in op.operands]
     inputs = frozenset(x for x in op.operands if isinstance(x, Slot) and x.trail is None)
-    kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.index)) for t in trails)
+    kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.taken)) for t in trails)
     key = (inputs, "cross", op.key, kinds, tuple(str(x.aval) for x in op.operands))
     if key in cache:
         return cache[key]
 
-    inner = [t and t._replace(index=tuple((a, 0) for a, _ in t.index)) for t in trails]
+    inner = [t and t._replace(taken=tuple((a, 0) for a, _ in t.taken)) for t in trails]
 
     def meet(values):
         left = iter(values)
@@ -186,7 +186,7 @@ def cross_at(walk: Walk, dense: Walk, op: Op, cache: dict[Any, Any]) -> jax.Arra
     call = walk.jitted(key[1:], lambda: jax.jit(add, donate_argnums=0))
     slots = [x for x in op.operands if isinstance(x, Slot)]
     batches = range(1 if all(slot.shared for slot in slots) else walk.count)
-    total = None
+    total: Any = None
     for batch in batches:
         pair = [[side.values(slot, batch) for slot in slots] for side in (walk, dense)]
         if total is None:

@@ -276,9 +276,9 @@ def _used_again(program: Program) -> set[int]:
             for x in op.operands:
                 trail = getattr(x, "trail", None)
                 if trail is not None and trail.leaf == leaf:
-                    if (leaf, trail.index) in seen:
+                    if (leaf, trail.taken) in seen:
                         again.add(leaf)
-                    seen.add((leaf, trail.index))
+                    seen.add((leaf, trail.taken))
     return again
 
 
