@@ -76,7 +76,7 @@ def fan_in_axes(apply: Callable[..., Any], params: Params, *args: Any) -> PyTree
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
-      >>> apply = lambda p, x: x @ p["w"] + p["b"]
+      >>> apply = lambda p, x: x @ p["w"] + p["b"][None, :]
       >>> jp.fan_in_axes(apply, {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((1, 3)))
       {'b': None, 'w': (0,)}
     """
