@@ -1,90 +1,203 @@
-"""One counting pass: float bits as keys, what a cut keeps of a leaf, and the sum of it."""
+"""One counting pass: float bits as keys, and how many scores two cuts keep of a leaf.
 
-from collections.abc import Callable
-from typing import Any
+On a CPU what the cuts keep is written as a byte per weight and then summed as floats: a comparison
+fused into its own sum does not vectorise there, and a sum of integers is compiled anew for every
+leaf where one of floats is shared. Accelerators compare and sum in one go.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _placement
+from jaxprune import _placement, _tree
+from jaxprune._typing import PyTree
 
-_ROWS = 64  # bytes summed before widening: at most 255, and few enough to divide sharded axes
+_EXACT = 1 << 24  # Whole numbers up to here are floats.
+_DIGIT = 256
+_STRIPS = 8  # Lines added as bytes,
+_STRIPS_FROM = 1 << 22  # in leaves where a pass takes longer than the extra code,
+_STACKED = 1 << 17  # Copying a larger leaf costs more than the code that it saves.
+_LONG = 1024  # along an axis that is longer than it is sharded, strips and all.
 
 
-def order(x: jax.Array, dtype: Any) -> jax.Array:
-    """Unsigned keys, smaller for larger scores; both zeros are one key, NaN is the largest."""
+class Cut(NamedTuple):
+    """Kept are keys below ``key``, and of those equal to ``tie`` the ones below ``end``."""
+
+    key: jax.Array
+    end: jax.Array
+    tie: jax.Array
+
+
+class Sums(NamedTuple):
+    """Sums over the signs of two cuts and over their sizes, as floats: ``256 high + low``."""
+
+    low: tuple[jax.Array, jax.Array]
+    high: tuple[jax.Array, jax.Array]
+
+
+def infinity(dtype: Any) -> int:
+    """The key of zero, which is the bits of infinity; twice it is the key of minus infinity."""
+    return 0x7FF << 52 if jnp.dtype(dtype) == jnp.uint64 else 0xFF << 23
+
+
+def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
+    """Unsigned keys, smaller for larger scores; both zeros are one key, NaN is the largest.
+
+    ``grain`` bits that are zero in every score are left out.
+    """
     wide = jnp.dtype(dtype) == jnp.uint64
     bits = lax.bitcast_convert_type(x.astype(jnp.float64 if wide else jnp.float32), dtype)
-    sign = np.asarray(1 << (63 if wide else 31), dtype)
-    infinity = np.asarray(0x7FF << 52 if wide else 0xFF << 23, dtype)
-    last = np.asarray((1 << (64 if wide else 32)) - 2, dtype)
-    bits = jnp.where(bits == sign, np.zeros((), dtype), bits)
-    key = jnp.where(bits < sign, (sign - np.ones((), dtype)) - bits, bits)
-    return jnp.where((bits & ~sign) > infinity, last, key)
+    last = 63 if wide else 31
+    size = bits & np.asarray((1 << last) - 1, dtype)
+    zero = np.asarray(infinity(dtype), dtype)
+    # All ones for negative scores, so that size is added instead of subtracted. The keys of NaN
+    # wrap around to the far end.
+    negative = -(bits >> last)
+    key = (zero + negative) - (size ^ negative)
+    return jnp.minimum(key >> grain, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
-def view(order: jax.Array, index: jax.Array, key: jax.Array, end: jax.Array) -> jax.Array:
-    """What the cut (key, end) keeps, a byte per weight."""
-    kept = (order < key) | ((order == key) & (index.astype(end.dtype) < end))
-    return kept.astype(jnp.uint8)
+def kept(leaf: jax.Array, cut: Cut, index: jax.Array, grain: int) -> jax.Array:
+    """What a cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
+    key = order(leaf, cut.key.dtype, grain)
+    return (key < cut.key) | ((key == cut.tie) & (index.astype(cut.end.dtype) < cut.end))
 
 
-def indices(shape: tuple[int, ...], axes: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """The position of every entry within its slice along ``axes``, in that order of axes."""
+def count(
+    leaf: jax.Array,
+    cuts: tuple[Cut, Cut],
+    step: jax.Array,
+    axes: tuple[int, ...],
+    grain: int,
+) -> Sums:
+    """How many entries two cuts keep along ``axes``, which stay with size 1.
 
-    def build(zero):
-        index, stride = jnp.broadcast_to(zero, shape), 1
-        for axis in reversed(axes):
-            index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-            stride *= shape[axis]
-        return index
-
-    return build
-
-
-def count(view: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sum a view of bytes (0 or 1) over ``axes``, exactly, keeping them with size 1."""
-    plan = None if _placement.explicitly_sharded(view) else byte_plan(view.shape, axes)
-    if plan is None:
-        return count_words(view, axes)
+    The barrier and the zero made of ``step`` tie keys and indices to the iteration; without them
+    the compiler computes both once, ahead of the loop, and holds 8 bytes per weight.
+    """
+    leaf, step = lax.optimization_barrier((leaf, step))
+    index = indices(leaf.shape, axes, step)
     return lax.platform_dependent(
-        view,
-        cpu=lambda v: count_bytes(v, axes, plan),
-        default=lambda v: count_words(v, axes),
+        *(kept(leaf, cut, index, grain) for cut in cuts),
+        cpu=lambda a, b: count_bytes(a, b, axes),
+        default=lambda a, b: count_signs(a, b, axes),
     )
 
 
-def count_words(view: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(view, axes, dtype=jnp.uint32, keepdims=True)
+def count_signs(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
+    """Sum two views, the comparisons and all."""
+    return _sums(_signs(first, second), axes)
 
 
-def count_bytes(view: jax.Array, axes: tuple[int, ...], plan: tuple[int, int, int]) -> jax.Array:
-    """Sum up to 255 bytes as bytes first: on a CPU only sums of one type vectorise."""
-    axis, rows, minor = plan
+def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
+    """Sum two views by way of a byte per weight."""
+    signs = lax.optimization_barrier(_signs(first, second))
+    axis = strip_axis(signs, axes)
+    if axis is None:
+        return _sums(signs, axes)
+    return _sums(_strips(signs, axis), axes, _strips(jnp.abs(signs), axis), _STRIPS)
+
+
+def counts(sums: Sums) -> jax.Array:
+    """Of each of two cuts, how many entries it keeps; a first axis for the two."""
+    both, second = (
+        high.astype(jnp.int32).astype(jnp.uint32) * np.uint32(_DIGIT)
+        + low.astype(jnp.int32).astype(jnp.uint32)
+        for low, high in zip(sums.low, sums.high, strict=True)
+    )
+    return jnp.stack([(both + second) >> 1, second])
+
+
+def _signs(first: jax.Array, second: jax.Array) -> jax.Array:
+    """1 where both keep an entry, -1 where the second alone does."""
+    first = first.astype(jnp.int8)
+    return first + first - second.astype(jnp.int8)
+
+
+def _strips(signs: jax.Array, axis: int) -> jax.Array:
+    shape = signs.shape
+    split = (*shape[:axis], shape[axis] // _STRIPS, _STRIPS, *shape[axis + 1 :])
+    strips = signs.reshape(split)
+    lines = [lax.index_in_dim(strips, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
+    return lax.optimization_barrier(reduce(jnp.add, lines))
+
+
+def _sums(signs, axes, sizes=None, most: int = 1) -> Sums:
+    """Of signs and of their sizes, up to ``most``: exact sums of floats as far as these are."""
+    shape = signs.shape
+    inner: tuple[int, ...] = ()
+    for axis in sorted(axes, key=lambda a: shape[a]):
+        if most * math.prod(shape[a] for a in (*inner, axis)) <= _EXACT:
+            inner = (*inner, axis)
+    outer = tuple(a for a in axes if a not in inner)
+    whole = math.prod(shape[a] for a in outer) * _DIGIT > _EXACT
+
+    def add(x):
+        if whole:
+            total = jnp.sum(x, axes, dtype=jnp.int32, keepdims=True)
+            return (total & (_DIGIT - 1)).astype(jnp.float32), (total >> 8).astype(jnp.float32)
+        total = jnp.sum(x.astype(jnp.float32), inner, keepdims=True)
+        if not outer:
+            return total, jnp.zeros_like(total)
+        high = jnp.floor(total * np.float32(1 / _DIGIT))
+        low = total - high * np.float32(_DIGIT)
+        return tuple(jnp.sum(part, outer, keepdims=True) for part in (low, high))
+
+    parts = add(signs), add(jnp.abs(signs) if sizes is None else sizes)
+    return Sums(*zip(*parts, strict=True))
+
+
+def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
+    """An axis along which lines, contiguous in memory and of one device, can be added."""
+    if _placement.explicitly_sharded(view) or view.size < _STRIPS_FROM:
+        return None
     shape = view.shape
-    split = (*shape[:axis], shape[axis] // (rows * minor), rows, minor, *shape[axis + 1 :])
-    partial = lax.reduce(view.reshape(split), np.uint8(0), lax.add, (axis + 1,))
-    others = (a if a < axis else a + 1 for a in axes if a != axis)
-    over = (*others, axis, axis + 1)
-    sums = jnp.sum(partial, over, dtype=jnp.uint32)
-    return sums.reshape([1 if a in axes else n for a, n in enumerate(shape)])
+    long = [a for a in axes if a < len(shape) - 1 and shape[a] >= _LONG]
+    return next((a for a in long if shape[a] % _STRIPS == 0), None)
 
 
-def byte_plan(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Which axis to split into (rest, rows, minor) so that summing over rows is wide and exact."""
-    best = None
-    for axis in axes:
-        last = axis == len(shape) - 1
-        minor = _divisor(shape[axis], 512) if last and len(axes) == len(shape) else 1
-        if minor == shape[axis] and last:
-            minor = 1
-        rows = _divisor(shape[axis] // minor, _ROWS)
-        if rows >= 4 and (best is None or rows > best[1]):
-            best = (axis, rows, minor)
-    return best
+def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> jax.Array:
+    """The position of every entry within its slice along ``axes``, in that order of axes."""
+    index, stride = jnp.broadcast_to(jnp.minimum(step, 0).astype(jnp.uint32), shape), 1
+    for axis in reversed(axes):
+        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        stride *= shape[axis]
+    return index
 
 
-def _divisor(n: int, most: int) -> int:
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+def pick(x: jax.Array, first: Any, size: int) -> jax.Array:
+    """Entries ``first`` and following of the first axis; code of equal shapes is shared."""
+    first = lax.optimization_barrier(first)
+    starts = (first, *[np.uint32(0)] * (x.ndim - 1))
+    return lax.dynamic_slice(x, starts, (size, *x.shape[1:]))
+
+
+def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[list[int]]:
+    """Which leaves are stacked: small ones of one kind and type."""
+    found: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        alone = kinds is None or leaf.size > _STACKED
+        key = i if alone else (kinds[i], jax.typeof(leaf))  # type: ignore[index]
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def any_nan(scores: PyTree) -> jax.Array:
+    """Whether any score is NaN."""
+
+    def sum_bytes(nan):
+        return jnp.sum(lax.optimization_barrier(nan.astype(jnp.int8)).astype(jnp.float32)) > 0
+
+    def see(leaves):
+        nan = jnp.isnan(jnp.stack(leaves))
+        return lax.platform_dependent(nan, cpu=sum_bytes, default=jnp.any)
+
+    leaves = jax.tree.leaves(scores)
+    found = [see([leaves[i] for i in part]) for part in members(leaves, _tree.kinds(scores))]
+    return jnp.any(jnp.stack(found)) if found else jnp.zeros((), bool)

@@ -1,158 +1,142 @@
-"""Exact unsigned integers beyond 32 bits, for totals over many leaves, without 64-bit types.
+"""Exact unsigned integers of 64 bits, for totals over many leaves, without 64-bit types.
 
-A number is a tuple of uint32 arrays, its limbs in base 2^16, the least significant first.
-Products and carries of 16-bit limbs fit in 32 bits, so nothing is ever rounded or lost, and a
-number of weights past 2^31 is counted to the weight whether x64 is on or not.
+A number is a pair of uint32 arrays of one shape. Nothing is ever rounded or lost, and weights past
+2^31 are counted to the weight whether x64 is on or not.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-Limbs = tuple[jax.Array, ...]
+LARGEST = 2**63 - 1
+"""What a number may be where it is to be multiplied by a fraction."""
 
-_BASE_BITS = 16
 _LOW = np.uint32(0xFFFF)
-_FRACTION_LIMBS = 5  # a float32 below 2^-49 rounds to no weight at all; 80 bits hold the others
 
 
-def constant(value: int | Sequence[int] | np.ndarray, size: int) -> Limbs:
-    """A Python integer, or a vector of them, as ``size`` limbs."""
+class Wide(NamedTuple):
+    """``high * 2^32 + low``."""
+
+    high: jax.Array
+    low: jax.Array
+
+
+def constant(value: int | Sequence[int]) -> Wide:
+    """A Python integer, or a vector of them."""
     values = np.array(value, dtype=object)
-    return tuple(
-        jnp.asarray(np.array(values >> (_BASE_BITS * i) & 0xFFFF, dtype=np.uint32))
-        for i in range(size)
-    )
+    high, low = (np.array(part, np.uint32) for part in (values >> 32, values & 0xFFFFFFFF))
+    return Wide(jnp.asarray(high), jnp.asarray(low))
 
 
-def from_uint32(value: jax.Array) -> Limbs:
-    """A uint32 array as two limbs."""
-    return value & _LOW, value >> _BASE_BITS
+def from_uint32(value: jax.Array) -> Wide:
+    """A uint32 array."""
+    return Wide(jnp.zeros_like(value), value)
 
 
-def to_uint32(number: Limbs) -> jax.Array:
-    """The low 32 bits."""
-    return number[0] | (number[1] << _BASE_BITS)
+def to_float(number: Wide) -> jax.Array:
+    """The nearest float32, up to a unit in the last place."""
+    high, low = (part.astype(jnp.float32) for part in number)
+    return high * np.float32(2.0**32) + low
 
 
-def to_float(number: Limbs) -> jax.Array:
-    """The nearest float32, up to a few units in the last place."""
-    return sum(
-        limb.astype(jnp.float32) * np.float32(2.0 ** (_BASE_BITS * i))
-        for i, limb in enumerate(number)
-    )  # type: ignore[return-value]
+def add(a: Wide, b: Wide) -> Wide:
+    """a + b."""
+    low = a.low + b.low
+    return Wide(a.high + b.high + (low < a.low).astype(jnp.uint32), low)
 
 
-def carry(columns: Sequence[jax.Array]) -> Limbs:
-    """Turn columns, each below 2^32 minus its carry, into limbs of as many places."""
-    limbs, over = list[jax.Array](), jnp.zeros((), jnp.uint32)
-    for column in columns:
-        column = column + over
-        limbs.append(column & _LOW)
-        over = column >> _BASE_BITS
-    return tuple(limbs)
+def subtract(a: Wide, b: Wide) -> Wide:
+    """a - b for a >= b."""
+    return Wide(a.high - b.high - (a.low < b.low).astype(jnp.uint32), a.low - b.low)
 
 
-def widen(number: Limbs, size: int) -> Limbs:
-    """The same number in at least ``size`` limbs."""
-    return number + tuple(jnp.zeros_like(number[0]) for _ in range(size - len(number)))
+def multiply(a: jax.Array, b: jax.Array) -> Wide:
+    """The product of two uint32 arrays."""
+    (a1, a0), (b1, b0) = ((x >> 16, x & _LOW) for x in (a, b))
+    outer, cross, other, inner = a1 * b1, a1 * b0, a0 * b1, a0 * b0
+    middle = (inner >> 16) + (cross & _LOW) + (other & _LOW)
+    high = outer + (cross >> 16) + (other >> 16) + (middle >> 16)
+    return Wide(high, (inner & _LOW) | (middle << 16))
 
 
-def add(a: Limbs, b: Limbs) -> Limbs:
-    """a + b, in one limb more than the longer."""
-    size = max(len(a), len(b)) + 1
-    return carry([x + y for x, y in zip(widen(a, size), widen(b, size), strict=True)])
-
-
-def subtract(a: Limbs, b: Limbs) -> Limbs:
-    """a - b for a >= b, in as many limbs as the longer."""
-    size = max(len(a), len(b))
-    pairs = zip(widen(a, size), widen(b, size), strict=True)
-    complement = [x + (_LOW - y) for x, y in pairs]
-    return carry([complement[0] + np.uint32(1), *complement[1:]])
-
-
-def multiply(a: Limbs, b: Limbs) -> Limbs:
-    """a * b, in ``len(a) + len(b)`` limbs."""
-    columns = [jnp.zeros((), jnp.uint32)] * (len(a) + len(b))
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            product = x * y
-            columns[i + j] = columns[i + j] + (product & _LOW)
-            columns[i + j + 1] = columns[i + j + 1] + (product >> _BASE_BITS)
-    return carry(columns)
-
-
-def less(a: Limbs, b: Limbs) -> jax.Array:
+def less(a: Wide, b: Wide) -> jax.Array:
     """Whether a < b."""
-    size = max(len(a), len(b))
-    result = jnp.zeros((), bool)
-    for x, y in zip(widen(a, size), widen(b, size), strict=True):
-        result = jnp.where(x == y, result, x < y)
-    return result
+    return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 
-def equal(a: Limbs, b: Limbs) -> jax.Array:
+def equal(a: Wide, b: Wide) -> jax.Array:
     """Whether a == b."""
-    size = max(len(a), len(b))
-    result = jnp.ones((), bool)
-    for x, y in zip(widen(a, size), widen(b, size), strict=True):
-        result = result & (x == y)
-    return result
+    return (a.high == b.high) & (a.low == b.low)
 
 
-def where(condition: jax.Array, a: Limbs, b: Limbs) -> Limbs:
-    """``a`` where the condition holds, else ``b``; both in as many limbs as the longer."""
-    size = max(len(a), len(b))
-    pairs = zip(widen(a, size), widen(b, size), strict=True)
-    return tuple(jnp.where(condition, x, y) for x, y in pairs)
+def where(condition: jax.Array, a: Wide, b: Wide) -> Wide:
+    """``a`` where the condition holds, else ``b``."""
+    return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
 
 
-def total(number: Limbs) -> Limbs:
-    """The sum over the last axis (up to 65,536 entries), in one limb more."""
-    return carry(
-        [*(jnp.sum(limb, -1, dtype=jnp.uint32) for limb in number), jnp.zeros((), jnp.uint32)]
-    )
-
-
-def cumulative(number: Limbs) -> Limbs:
-    """The running sum over the last axis, in one limb more."""
-    sums = [jnp.cumsum(limb, -1, dtype=jnp.uint32) for limb in number]
-    return carry([*sums, jnp.zeros_like(sums[0])])
-
-
-def minimum(a: Limbs, b: Limbs) -> Limbs:
+def minimum(a: Wide, b: Wide) -> Wide:
     """The smaller of two numbers."""
     return where(less(a, b), a, b)
 
 
-def maximum(a: Limbs, b: Limbs) -> Limbs:
+def maximum(a: Wide, b: Wide) -> Wide:
     """The larger of two numbers."""
     return where(less(a, b), b, a)
 
 
-def round_shift(number: Limbs, limbs: int) -> Limbs:
-    """floor(number / 2^(16 limbs) + 1/2)."""
-    half = constant(1 << (_BASE_BITS * limbs - 1), limbs)
-    return add(number, half)[limbs:]
+def total(number: Wide) -> Wide:
+    """The sum over the last axis, of up to 65,536 entries."""
+    return _joined(jnp.sum(_parts(number), -1, dtype=jnp.uint32))
 
 
-def round_product(fraction: Any, n: int | Limbs) -> Limbs:
+def before(number: Wide) -> Wide:
+    """For every entry the sum of those before it along the last axis."""
+    parts = _parts(number)
+    return _joined(jnp.cumsum(parts, -1, dtype=jnp.uint32) - parts)
+
+
+def round_product(fraction: Any, n: int | Wide) -> Wide:
     """floor(n * fraction + 1/2) for a float32 fraction in [0, 1] (others are clamped), exactly.
 
     The fraction is first rounded to float32; what follows is integer arithmetic, so the result is
     the same under jit and eager, and the nearest integer to the last unit.
     """
-    if isinstance(n, int):
-        n = constant(n, max(1, math.ceil(n.bit_length() / _BASE_BITS)))
-    rest = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
-    digits = []
-    for _ in range(_FRACTION_LIMBS + 1):
-        whole = jnp.floor(rest)
-        digits.append(whole.astype(jnp.uint32))
-        rest = (rest - whole) * np.float32(2.0**_BASE_BITS)
-    return round_shift(multiply(n, tuple(reversed(digits))), _FRACTION_LIMBS)
+    number = constant(n) if isinstance(n, int) else n
+    bits = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
+    bits = lax.bitcast_convert_type(bits, jnp.uint32)
+    mantissa = jnp.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
+    # The product has three words; half of it is to be kept past a shift of 22 to 148 bits.
+    low, high = multiply(mantissa, number.low), multiply(mantissa, number.high)
+    upper = add(high, from_uint32(low.high))
+    words = [low.low, upper.low, upper.high, *[jnp.zeros_like(low.low)] * 2]
+    shift = np.uint32(149) - (bits >> 23)
+    for step in (2, 1):
+        skip = (shift >> 5) & np.uint32(step)
+        words = [
+            jnp.where(skip > 0, words[i + step] if i + step < 5 else words[4], words[i])
+            for i in range(5)
+        ]
+    rest = shift & np.uint32(31)
+    halves = Wide(
+        *(
+            jnp.where(shift < 128, (words[i] >> rest) | ((words[i + 1] << 1) << (31 - rest)), 0)
+            for i in (1, 0)
+        )
+    )
+    rounded = Wide(halves.high >> 1, (halves.low >> 1) | (halves.high << 31))
+    return add(rounded, from_uint32(halves.low & 1))
+
+
+def _parts(number: Wide) -> jax.Array:
+    """The low word in two halves, and the high word: sums of each stay below 2^32."""
+    return jnp.stack([number.low & _LOW, number.low >> 16, number.high])
+
+
+def _joined(sums: jax.Array) -> Wide:
+    first, second, high = sums
+    second = second + (first >> 16)
+    return Wide(high + (second >> 16), (first & _LOW) | (second << 16))

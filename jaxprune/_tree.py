@@ -16,6 +16,7 @@ from jaxprune._typing import Params, Prunable, PyTree
 _NNX_VALUES = ("value", "raw_value")
 _NOT_KERNELS = {"bias", "scale", "offset", "mean", "var"}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_NUMBER = re.compile(r"\d+")
 _POSITION = re.compile(r"pos(itions?|itional)?|pos_?emb\w*")
 
 
@@ -61,6 +62,13 @@ def map_governed_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -
         return None if any(leaf is None for leaf in leaves) else f(path_str(path), *leaves)
 
     return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_none)
+
+
+def kinds(tree: PyTree) -> tuple[str, ...]:
+    """For every leaf its path without numbers: the same for the like of all layers."""
+    return tuple(
+        _NUMBER.sub("#", path) for path, leaf in leaves_with_paths(tree) if leaf is not None
+    )
 
 
 def kernels(path: Any, leaf: Any) -> bool:
@@ -211,12 +219,6 @@ def check_masks(masks: PyTree, params: Params) -> None:
 def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32, or in its own type if that is as wide."""
     return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
-
-
-def any_nan(scores: PyTree) -> jax.Array:
-    """Whether any score is NaN."""
-    leaves = [jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(scores)]
-    return jnp.any(jnp.stack(leaves)) if leaves else jnp.zeros((), bool)
 
 
 def _names_embedding(part: str) -> bool:

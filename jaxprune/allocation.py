@@ -18,8 +18,7 @@ from jax import lax
 from jaxprune import _checks, _exact, _placement, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
-_FRACTION_LIMBS = 2  # Webster's multiplier has 32 fractional bits, so weights stay below 2^32
-_MULTIPLIER_LIMBS = 4
+_MULTIPLIER_BITS = 64  # 32 of them after the point
 
 
 def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
@@ -229,7 +228,12 @@ def shared_selection(
     floors = tuple(min(min_keep, leaf.size) for leaf in leaves)
     budget = priced_budget(sparsity, prices, [leaf.size for leaf in leaves], floors)
     masks, keep = _topk.top_shared(
-        leaves, budget, costs=tuple(prices), floors=floors, counts_only=counts_only
+        leaves,
+        budget,
+        costs=tuple(prices),
+        floors=floors,
+        kinds=_tree.kinds(scores),
+        counts_only=counts_only,
     )
     return masks, _unflatten(scores, keep)
 
@@ -245,7 +249,7 @@ def priced(
 
 def priced_budget(
     sparsity: Any, prices: Sequence[int], sizes: Sequence[int], floors: Sequence[int]
-) -> _exact.Limbs:
+) -> _exact.Wide:
     """What the kept weights may cost; no less than what the floors cost."""
     everything = sum(price * size for price, size in zip(prices, sizes, strict=True))
     least = sum(price * floor for price, floor in zip(prices, floors, strict=True))
@@ -268,11 +272,9 @@ def _unflatten(scores: Scores, values: Sequence[Any]) -> PyTree:
 
 
 @partial(jax.jit, static_argnames=("everything", "least"))
-def _budget(sparsity: Any, everything: int, least: int) -> _exact.Limbs:
-    size = max(1, -(-everything.bit_length() // 16))
-    removed = _exact.round_product(sparsity, everything)
-    kept = _exact.subtract(_exact.constant(everything, size), removed)
-    return _exact.maximum(kept, _exact.constant(least, size))
+def _budget(sparsity: Any, everything: int, least: int) -> _exact.Wide:
+    kept = _exact.subtract(_exact.constant(everything), _exact.round_product(sparsity, everything))
+    return _exact.maximum(kept, _exact.constant(least))
 
 
 def _split(scores, leaves, sparsity, weights, min_keep) -> Counts:
@@ -289,7 +291,7 @@ def _split(scores, leaves, sparsity, weights, min_keep) -> Counts:
 
 @partial(jax.jit, static_argnames=("caps", "floors"))
 def _webster(
-    budget: _exact.Limbs,
+    budget: _exact.Wide,
     weights: jax.Array,
     *,
     caps: tuple[int, ...],
@@ -301,48 +303,46 @@ def _webster(
     step further each leaf gains at most one seat, so the seats left over go to the leaves whose
     next seat is cheapest, (2k + 1) / (2 weight), the earlier first.
     """
-    price = _exact.from_uint32(jnp.asarray(weights))
-    cap = _exact.constant(np.array(caps, object), 2)
-    floor = jnp.asarray(np.array(floors, np.uint32))
+    weights = jnp.asarray(weights)
+    cap, floor = (jnp.asarray(np.array(bound, np.uint32)) for bound in (caps, floors))
 
     def seats(multiplier):
-        wide = _exact.round_shift(_exact.multiply(price, multiplier), _FRACTION_LIMBS)
-        return jnp.maximum(_exact.to_uint32(_exact.minimum(wide, cap)), floor)
+        high, low = (
+            _exact.multiply(weights, jnp.broadcast_to(word, weights.shape)) for word in multiplier
+        )
+        carried = _exact.add(low, _exact.from_uint32(jnp.full_like(low.low, np.uint32(1 << 31))))
+        whole = _exact.add(high, _exact.from_uint32(carried.high))
+        return jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
 
     def spent(kept):
         return _exact.total(_exact.from_uint32(kept))
 
     def try_bit(i, multiplier):
-        bit = 16 * _MULTIPLIER_LIMBS - 1 - i
-        trial = tuple(
-            limb | jnp.where(bit // 16 == place, jnp.uint32(1) << (bit % 16).astype(jnp.uint32), 0)
-            for place, limb in enumerate(multiplier)
-        )
+        bit = np.uint32(1 << 31) >> (i % 32).astype(jnp.uint32)
+        high, low = (jnp.where((i < 32) == upper, bit, 0) for upper in (True, False))
+        trial = _exact.Wide(multiplier.high | high, multiplier.low | low)
         return _exact.where(_exact.less(budget, spent(seats(trial))), multiplier, trial)
 
     # Zero, with the varying axes that the budget has under shard_map.
-    none = jnp.sum(jnp.stack(budget), dtype=jnp.uint32) * np.uint32(0)
-    multiplier = lax.fori_loop(0, 16 * _MULTIPLIER_LIMBS, try_bit, (none,) * _MULTIPLIER_LIMBS)
+    none = jax.tree.map(lambda word: word * np.uint32(0), budget)
+    multiplier = lax.fori_loop(0, _MULTIPLIER_BITS, try_bit, none)
     kept = seats(multiplier)
-    more = seats(_exact.add(multiplier, _exact.constant(1, 1))) > kept
-    left = _exact.to_uint32(_exact.subtract(budget, spent(kept)))
+    more = seats(_exact.add(multiplier, _exact.constant(1))) > kept
+    left = _exact.subtract(budget, spent(kept)).low
 
-    next_seat = _exact.from_uint32(2 * kept + 1)  # below 2^32: kept is below 2^31
-    mine = _exact.multiply(_column(next_seat), _row(price))
-    theirs = _exact.multiply(_column(price), _row(next_seat))
+    next_seat = 2 * kept + 1  # below 2^32: kept is below 2^31
+    shape = (len(weights),) * 2
+    mine, theirs = (
+        _exact.multiply(jnp.broadcast_to(a[:, None], shape), jnp.broadcast_to(b[None], shape))
+        for a, b in ((next_seat, weights), (weights, next_seat))
+    )
     index = jnp.arange(len(weights))
     earlier = index[None, :] < index[:, None]
     before = _exact.less(theirs, mine) | (_exact.equal(theirs, mine) & earlier)
     rank = jnp.sum(before & more[None, :], 1, dtype=jnp.uint32)
-    return (kept + (more & (rank < left)).astype(jnp.uint32)).astype(jnp.int32)
-
-
-def _column(number: _exact.Limbs) -> _exact.Limbs:
-    return tuple(limb[:, None] for limb in number)
-
-
-def _row(number: _exact.Limbs) -> _exact.Limbs:
-    return tuple(limb[None, :] for limb in number)
+    seated = (kept + (more & (rank < left)).astype(jnp.uint32)).astype(jnp.int32)
+    # Without the barrier every leaf's count is compiled, and computed, from the beginning.
+    return lax.optimization_barrier(seated)
 
 
 def _numbers(scores: Scores, costs: PyTree) -> list[float]:
@@ -358,13 +358,14 @@ def _numbers(scores: Scores, costs: PyTree) -> list[float]:
 
 
 def _prices(scores: Scores, costs: PyTree) -> list[int]:
-    """Costs as integers below 2^32: exact where their ratios allow it, else to 32 bits."""
+    """Costs as integers, exact where their ratios allow it, else to as many bits as fit."""
     exact = [Fraction(cost) for cost in _numbers(scores, costs)]
     unit = Fraction(1, np.lcm.reduce([cost.denominator for cost in exact], dtype=object))
     whole = [int(cost / unit) for cost in exact]
     common = np.gcd.reduce(whole, dtype=object)
     whole = [cost // common for cost in whole]
-    excess = max(0, max(whole).bit_length() - 32)
+    total = sum(cost * leaf.size for cost, leaf in zip(whole, jax.tree.leaves(scores), strict=True))
+    excess = max(0, max(whole).bit_length() - 32, (total // _exact.LARGEST).bit_length())
     return [max(1, cost >> excess) for cost in whole]
 
 

@@ -38,7 +38,8 @@ def mask_topk(scores: Scores, keep: Counts, *, axis: Any = None) -> Masks:
     check_scores(scores, keep)
     if axis is not None:
         return _tree.map_governed_with_path(_topk_along, scores, keep, axis_tree(scores, axis))
-    masks = _topk.top(jax.tree.leaves(scores), jax.tree.leaves(_like(scores, keep)))
+    counts = jax.tree.leaves(_like(scores, keep))
+    masks = _topk.top(jax.tree.leaves(scores), counts, kinds=_tree.kinds(scores))
     return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import _exact, _paths, _placement, _topk, _tree, allocation
 from jaxprune._checks import check_min_keep, check_sparsity
@@ -178,7 +179,7 @@ def _floor(unit: Unit, tiling: Units, min_keep: int) -> int:
 
 def _budget(
     scores: Scores, sparsity: Any, prices: list[int], floors: tuple[int, ...]
-) -> _exact.Limbs:
+) -> _exact.Wide:
     """What the kept weights may cost, from a sparsity or from counts."""
     sizes = [leaf.size for leaf in jax.tree.leaves(scores)]
     if not _is_counts(sparsity):
@@ -186,10 +187,10 @@ def _budget(
         return allocation.priced_budget(sparsity, prices, sizes, floors)
     check_scores(scores, sparsity)
     counts = jax.tree.leaves(_tree.map_governed(lambda _, k: jnp.asarray(k), scores, sparsity))
-    kept = _exact.from_uint32(jnp.stack([k.astype(jnp.uint32) for k in counts]))
-    paid = _exact.total(_exact.multiply(kept, _exact.constant(prices, 2)))
+    kept = jnp.stack([k.astype(jnp.uint32) for k in counts])
+    paid = _exact.total(_exact.multiply(kept, jnp.asarray(np.array(prices, np.uint32))))
     least = sum(price * floor for price, floor in zip(prices, floors, strict=True))
-    return _exact.maximum(paid, _exact.constant(least, max(1, -(-least.bit_length() // 16))))
+    return _exact.maximum(paid, _exact.constant(least))
 
 
 def _is_counts(budget: Any) -> bool:

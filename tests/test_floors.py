@@ -13,6 +13,7 @@ FLOORS = {
     "_loops": 0,
     "_paths": 0,
     "_table": 0,
+    "_brackets": 0,
     "_counting": 0,
     "_placement": 0,
     "_sums": 0,

@@ -92,10 +92,10 @@ def test_top_of_all_leaves_together(kind, floors):
     for budget in (26, 100, 1000, ranked.size - 1, ranked.size):
         want = np.zeros(ranked.size, bool)
         want[ranked[:budget]] = True
-        masks, counts = search(_exact.constant(budget, 2))
+        masks, counts = search(_exact.constant(budget))
         np.testing.assert_array_equal(np.concatenate([m.ravel() for m in masks]), want)
         assert [int(m.sum()) for m in masks] == [int(k) for k in counts]
-        _, alone = search(_exact.constant(budget, 2), counts_only=True)
+        _, alone = search(_exact.constant(budget), counts_only=True)
         assert [int(k) for k in alone] == [int(k) for k in counts]
 
 
@@ -129,15 +129,30 @@ def test_units_of_several_weights_never_exceed(seed, keep):
     )
 
 
-@pytest.mark.parametrize("shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (8, 255), (1000, 3)])
+@pytest.mark.parametrize(
+    "shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (1024, 3), (2048, 7, 2), (2, 1032, 5)]
+)
 def test_every_way_of_counting_counts(shape):
     """The variants that a CPU and an accelerator take, both run here."""
-    view = jnp.asarray(np.random.default_rng(0).integers(0, 2, shape), jnp.uint8)
+    rng = np.random.default_rng(0)
+    scores = rng.random(shape)  # the second cut keeps all that the first keeps
+    views = [jnp.asarray(scores < share) for share in (0.3, 0.8)]
     for axes in [tuple(range(len(shape))), (0,), (len(shape) - 1,)]:
-        want = np.asarray(view).sum(axes, keepdims=True, dtype=np.uint32)
-        np.testing.assert_array_equal(_counting.count(view, axes), want)
-        np.testing.assert_array_equal(_counting.count_words(view, axes), want)
-        plan = _counting.byte_plan(shape, axes)
-        if plan is not None:
-            np.testing.assert_array_equal(_counting.count_bytes(view, axes, plan), want)
-    assert _counting.byte_plan((4096,), (0,)) is not None
+        want = [np.asarray(view).sum(axes, keepdims=True, dtype=np.uint32) for view in views]
+        for count in (_counting.count_bytes, _counting.count_signs):
+            np.testing.assert_array_equal(_counting.counts(count(*views, axes)), want)
+
+
+def test_strips_of_large_leaves():
+    view = jnp.asarray(np.random.default_rng(0).random((2048, 2049)) < 0.5)
+    assert _counting.strip_axis(view, (0, 1)) == 0
+    sums = jax.jit(partial(_counting.count_bytes, axes=(0, 1)))(view, jnp.ones_like(view))
+    assert _counting.counts(sums).ravel().tolist() == [int(np.sum(view)), view.size]
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((257, 2**17), (0, 1)), ((2**25,), (0,))])
+def test_counts_past_what_a_float_counts(shape, axes):
+    view = jnp.ones(shape, bool)
+    for count in (_counting.count_bytes, _counting.count_signs):
+        sums = jax.jit(partial(count, axes=axes))(view, view)
+        assert _counting.counts(sums).ravel().tolist() == [view.size, view.size]
