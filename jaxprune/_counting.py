@@ -18,12 +18,13 @@ from jax import lax
 from jaxprune import _placement, _tree
 from jaxprune._typing import PyTree
 
-_EXACT = 1 << 24  # Whole numbers up to here are floats.
+_EXACT = 1 << 24  # whole numbers up to here are floats
 _DIGIT = 256
-_STRIPS = 8  # Lines added as bytes,
-_STRIPS_FROM = 1 << 22  # in leaves where a pass takes longer than the extra code,
-_STACKED = 1 << 17  # Copying a larger leaf costs more than the code that it saves.
-_LONG = 1024  # along an axis that is longer than it is sharded, strips and all.
+_STACKED = 1 << 17  # copying a larger leaf costs more than the code that it saves
+_STRIPS_FROM = 1 << 22  # in leaves as large a pass takes longer than adding lines first
+_STRIPS = 8  # lines added as bytes
+_LINE = 512  # entries of the last axis that make a line
+_LONG = 1024  # an axis with as many lines is cut into fewer shards, strips and all
 
 
 class Cut(NamedTuple):
@@ -98,10 +99,15 @@ def count_signs(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> S
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views by way of a byte per weight."""
     signs = lax.optimization_barrier(_signs(first, second))
-    axis = strip_axis(signs, axes)
+    shape = [1 if a in axes else n for a, n in enumerate(signs.shape)]
+    axis, last = strip_axis(signs, axes), signs.ndim - 1
+    if axis == last:
+        signs = signs.reshape(*signs.shape[:-1], -1, _LINE)
+        axes = (*axes, last + 1)
     if axis is None:
         return _sums(signs, axes)
-    return _sums(_strips(signs, axis), axes, _strips(jnp.abs(signs), axis), _STRIPS)
+    sums = _sums(_strips(signs, axis), axes, _strips(jnp.abs(signs), axis), _STRIPS)
+    return jax.tree.map(lambda x: x.reshape(shape), sums)
 
 
 def counts(sums: Sums) -> jax.Array:
@@ -154,12 +160,16 @@ def _sums(signs, axes, sizes=None, most: int = 1) -> Sums:
 
 
 def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
-    """An axis along which lines, contiguous in memory and of one device, can be added."""
+    """An axis along which lines, contiguous in memory and of one device, can be added.
+
+    The last axis is cut into lines first.
+    """
     if _placement.explicitly_sharded(view) or view.size < _STRIPS_FROM:
         return None
-    shape = view.shape
-    long = [a for a in axes if a < len(shape) - 1 and shape[a] >= _LONG]
-    return next((a for a in long if shape[a] % _STRIPS == 0), None)
+    lines = [n // (_LINE if a == view.ndim - 1 else 1) for a, n in enumerate(view.shape)]
+    whole = view.shape[-1] % _LINE == 0
+    fit = [a for a in axes if lines[a] >= _LONG and lines[a] % _STRIPS == 0]
+    return next((a for a in fit if a < view.ndim - 1 or whole), None)
 
 
 def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> jax.Array:
