@@ -84,8 +84,20 @@ class Brackets(NamedTuple):
         return lax.optimization_barrier(cut)
 
 
-def advance(keys: Keys, state: Brackets, counts: jax.Array) -> Brackets:
-    """Each bracket on its own: the part that holds what is wanted, and two new guesses in it."""
+class Ranks(NamedTuple):
+    """Floats for a guess: what ``low`` keeps, what is wanted and what is kept beyond, of how many.
+
+    Differences are taken before they are rounded.
+    """
+
+    below: jax.Array
+    gain: jax.Array
+    span: jax.Array
+    size: jax.Array
+
+
+def move(state: Brackets, counts: jax.Array) -> Brackets:
+    """Of each bracket the part that holds what is wanted."""
     reached = counts >= state.want[None]
     inside = reached[1] & ~reached[0]
     moved = state._replace(
@@ -94,13 +106,10 @@ def advance(keys: Keys, state: Brackets, counts: jax.Array) -> Brackets:
         high=jnp.where(inside, state.guesses[1], state.high),
         above=jnp.where(inside, counts[1], state.above),
     )
-    under = state._replace(high=state.guesses[0], above=counts[0])
-    moved = choose(reached[0], under, moved)
+    moved = choose(reached[0], state._replace(high=state.guesses[0], above=counts[0]), moved)
     halved = moved.high - moved.low <= (state.high - state.low) >> 1
     moved = settle(moved._replace(wide=~halved & ~state.wide))
-    moved = moved._replace(guesses=jnp.where(moved.done[None], moved.guesses, guess_each(moved)))
-    moved = moved._replace(guesses=probe_zero(keys, moved))
-    return choose(state.done, state, moved)._replace(step=state.step + 1)
+    return choose(state.done, state, moved)
 
 
 def settle(state: Brackets) -> Brackets:
@@ -132,14 +141,27 @@ def choose(condition: jax.Array, a: Brackets, b: Brackets) -> Brackets:
     )
 
 
-def guess_each(state: Brackets) -> jax.Array:
+def ranks(state: Brackets) -> Ranks:
+    """Of each bracket on its own."""
     gain, span = (x - state.below for x in (state.want, state.above))
-    return guess(state, *(x.astype(jnp.float32) for x in (state.below, gain, span, state.size)))
+    return Ranks(*(x.astype(jnp.float32) for x in (state.below, gain, span, state.size)))
 
 
-def guess(
-    state: Brackets, below: jax.Array, gain: jax.Array, span: jax.Array, size: jax.Array
-) -> jax.Array:
+def renew(keys: Keys, state: Brackets, ranks: Ranks) -> Brackets:
+    """Two new guesses in each bracket that is not done.
+
+    The second pair tells zeros, often many, from what is above and below.
+    """
+    zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
+    probe = (state.step == 0) & (state.low < zero) & (state.high > zero + one) & ~state.tied
+    zeros = jnp.stack([jnp.full_like(state.low, zero), jnp.full_like(state.low, zero + one)])
+    guesses = jnp.where(probe[None], zeros, _guess(state, ranks))
+    return state._replace(
+        guesses=jnp.where(state.done[None], state.guesses, guesses), step=state.step + 1
+    )
+
+
+def _guess(state: Brackets, ranks: Ranks) -> jax.Array:
     """Two cuts, one to each side of where ``gain`` of the ``span`` weights in the bracket are kept.
 
     In brackets of an octave or less scores are nearly uniform. Wider ones interpolate the log-odds
@@ -147,15 +169,16 @@ def guess(
     The two cuts are apart by a standard deviation of the wanted rank and by the error of the model,
     which grows with the bracket; if that did not halve the bracket, the next two take its thirds.
     """
+    below, gain, span, size = ranks
     width = state.high - state.low
     octave, narrow = (2.0**52, 50) if width.dtype == jnp.uint64 else (2.0**23, 21)
     span = jnp.maximum(span, 1.0)
     share = jnp.clip(gain / span, 0.0, 1.0)
-    odds = [
+    start, wanted, end = (
         _log2(x + 0.5) - _log2(jnp.maximum(size - x, 0.0) + 0.5)
         for x in (below, below + gain, below + span)
-    ]
-    part = (odds[1] - odds[0]) / jnp.maximum(odds[2] - odds[0], np.float32(2.0**-20))
+    )
+    part = (wanted - start) / jnp.maximum(end - start, np.float32(2.0**-20))
     linear = state.tied | (width >> narrow == 0)
     middle = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
     third = np.float32(1 / 6)
@@ -175,12 +198,3 @@ def _log2(x: jax.Array) -> jax.Array:
     """Roughly log2, from the bits of a float: linear in each octave."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return bits.astype(jnp.float32) * np.float32(2.0**-23)
-
-
-def probe_zero(keys: Keys, state: Brackets) -> jax.Array:
-    """Guesses; the second pair tells zeros, often many, from what is above and below."""
-    zero = keys.number(keys.zero)
-    one = np.ones((), keys.dtype)
-    probe = (state.step == 0) & (state.low < zero) & (state.high > zero + one) & ~state.tied
-    both = jnp.stack([jnp.full_like(state.low, zero), jnp.full_like(state.low, zero + one)])
-    return jnp.where((probe & ~state.done)[None], both, state.guesses)

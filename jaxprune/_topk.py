@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _counting, _exact, _placement
-from jaxprune._brackets import Brackets, Keys, advance, guess, guess_each, probe_zero, settle
+from jaxprune._brackets import Brackets, Keys, Ranks, move, ranks, renew, settle
 from jaxprune._counting import Cut
 
 
@@ -237,29 +237,31 @@ def _search(
     """Narrow every bracket until its cut keeps exactly what is wanted."""
     state = _start(problem, want)
     if shared is None:
-
-        def body(state):
-            counts = problem.tally((state.cut(0), state.cut(1)), state.step)
-            return advance(problem.keys, state, counts)
-
-        return lax.while_loop(lambda state: ~jnp.all(state.done), body, settle(state))
+        state, looking, costs = settle(state), jnp.zeros((), bool), None
+    else:
+        looking, costs = state.step == 0, shared.spent(jnp.stack([state.below, state.above]))
 
     def unfinished(carry):
-        state, _, looking = carry
+        state, looking, _ = carry
         return looking if counts_only else looking | ~jnp.all(state.done)
 
-    def step(carry):
-        state, spent, looking = carry
+    def narrow(carry):
+        state, looking, ends = carry
         counts = problem.tally((state.cut(0), state.cut(1)), state.step)
-        return lax.cond(
-            looking,
-            lambda: _advance_shared(problem.keys, state, counts, spent, shared),
-            lambda: (advance(problem.keys, state, counts), spent, looking),
-        )
 
-    spent = shared.spent(jnp.stack([state.below, state.above]))
-    looking = state.step == 0
-    return lax.while_loop(unfinished, step, (state, spent, looking))[0]
+        def each():
+            moved = move(state, counts)
+            return moved, ranks(moved), looking, ends
+
+        if shared is None:
+            state, ranked, looking, ends = each()
+        else:
+            all_costs = jax.tree.map(lambda ends: ends[1], costs)
+            together = partial(_move_shared, problem.keys, state, counts, ends, all_costs, shared)
+            state, ranked, looking, ends = lax.cond(looking, together, each)
+        return renew(problem.keys, state, ranked), looking, ends
+
+    return lax.while_loop(unfinished, narrow, (state, looking, costs))[0]
 
 
 def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
@@ -290,66 +292,70 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
     )
 
 
-def _advance_shared(
-    keys: Keys, state: Brackets, counts: jax.Array, spent: _exact.Wide, shared: _Shared
-) -> tuple[Brackets, _exact.Wide, jax.Array]:
+def _move_shared(
+    keys: Keys,
+    state: Brackets,
+    counts: jax.Array,
+    ends: _exact.Wide,
+    everything: _exact.Wide,
+    shared: _Shared,
+) -> tuple[Brackets, Ranks, jax.Array, _exact.Wide]:
     """One key for all leaves; once found, each leaf's count is known and its bracket small.
 
-    ``spent`` is what the weights at the two ends of the bracket cost.
+    ``ends`` is what the weights at the two ends of the bracket cost, ``everything`` what all cost.
     """
     now = shared.spent(counts)
     fits = ~_exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
     none, both = ~fits[0], fits[1]
 
-    def choose(ends, guesses):
+    def part(ends, guesses):
         """The part of the bracket that the budget ends in."""
         return (
             jnp.where(none, ends[0], jnp.where(both, guesses[1], guesses[0])),
             jnp.where(none, guesses[0], jnp.where(both, ends[1], guesses[1])),
         )
 
-    low, high = choose((state.low, state.high), state.guesses)
-    below, above = choose((state.below, state.above), counts)
-    spent = jax.tree.map(lambda ends, at: jnp.stack(choose(ends, at)), spent, now)
+    low, high = part((state.low, state.high), state.guesses)
+    below, above = part((state.below, state.above), counts)
+    ends = jax.tree.map(lambda ends, guesses: jnp.stack(part(ends, guesses)), ends, now)
     halved = high - low <= (state.high - state.low) >> 1
     state = state._replace(low=low, high=high, below=below, above=above, wide=~halved & ~state.wide)
-    least, most = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
+    least, most = (jax.tree.map(lambda x, i=i: x[i], ends) for i in (0, 1))
     rest = _exact.subtract(shared.budget, least)
     looking = ((rest.high | rest.low) > 0) & (high - low > 1)[0]
 
-    def narrow():
-        totals = (least, rest, _exact.subtract(most, least), shared.spent(state.size))
-        guesses = guess(state, *map(_exact.to_float, totals))
-        return state._replace(guesses=probe_zero(keys, state._replace(guesses=guesses)))
+    def go_on():
+        costs = (least, rest, _exact.subtract(most, least), everything)
+        return state, Ranks(*(jnp.broadcast_to(_exact.to_float(x), state.low.shape) for x in costs))
 
     def share_out():
         floors = np.array(shared.floors, np.uint32)
         base = jnp.maximum(state.below, floors)
         want = base + _spend(rest, jnp.maximum(state.above, floors) - base, shared)
         inside = want <= state.above
-        found = state._replace(
-            want=want,
-            low=jnp.where(inside, state.low, state.high),
-            below=jnp.where(inside, state.below, state.above),
-            high=jnp.where(inside, state.high, keys.number(keys.end)),
-            above=jnp.where(inside, state.above, state.size),
+        found = settle(
+            state._replace(
+                want=want,
+                low=jnp.where(inside, state.low, state.high),
+                below=jnp.where(inside, state.below, state.above),
+                high=jnp.where(inside, state.high, keys.number(keys.end)),
+                above=jnp.where(inside, state.above, state.size),
+            )
         )
-        found = settle(found)
-        return found._replace(guesses=jnp.where(found.done[None], found.guesses, guess_each(found)))
+        return found, ranks(found)
 
-    found = lax.cond(looking, narrow, share_out)
-    return found._replace(step=state.step + 1), spent, looking
+    return *lax.cond(looking, go_on, share_out), looking, ends
 
 
 def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     """How many of the ``room[i]`` tied weights of each leaf the rest pays for, in leaf order."""
     prices = jnp.asarray(np.array(shared.costs, np.uint32))
-    worth = _exact.multiply(room, prices)
-    by_leaf, place = np.argsort(shared.rank), np.array(shared.rank)
-    before = _exact.before(jax.tree.map(lambda x: x[by_leaf], worth))
-    before = jax.tree.map(lambda x: x[place], before)
+    plain = all(cost == 1 for cost in shared.costs)
+    worth = _exact.from_uint32(room) if plain else _exact.multiply(room, prices)
+    before = _exact.before(jax.tree.map(lambda x: x[np.argsort(shared.rank)], worth))
+    before = jax.tree.map(lambda x: x[np.array(shared.rank)], before)
     left = _exact.subtract(_exact.maximum(rest, before), before)
-    if all(cost == 1 for cost in shared.costs):
+    if plain:
         return jnp.where(left.high > 0, room, jnp.minimum(left.low, room))
 
     def try_bit(i, bits):
