@@ -138,7 +138,9 @@ class _Leaves:
         if self.sizes is None:
             return np.array([self.leaves[i].size for i in self.order], np.uint32)
         pairs = zip(self.leaves, self.sizes, strict=True)
-        return jnp.stack([jnp.sum(_weighed(jnp.ones(u.shape, bool), size)) for u, size in pairs])
+        return jnp.stack(
+            [_weighed(jnp.ones(u.shape, bool), size, tuple(range(u.ndim))) for u, size in pairs]
+        )
 
     def tally(self, cuts: tuple[Cut, Cut], step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
@@ -204,7 +206,7 @@ def _weigh_at(part, cuts, first, step, size, *, grain) -> tuple[jax.Array, jax.A
     axes = tuple(range(1, part.ndim))
     index = _counting.indices(part.shape, axes, step)
     one, two = (
-        jnp.sum(_weighed(_counting.kept(part, cut, index, grain), size), axes)
+        _weighed(_counting.kept(part, cut, index, grain), size, axes)
         for cut in _entries(cuts, first, part)
     )
     return one, two
@@ -222,9 +224,10 @@ def _entries(cuts: Any, first: jax.Array, part: jax.Array) -> Any:
     return jax.tree.map(lambda x: _counting.pick(x, first, len(part)).reshape(shape), cuts)
 
 
-def _weighed(view: jax.Array, size: Any) -> jax.Array:
+def _weighed(view: jax.Array, size: Any, axes: tuple[int, ...]) -> jax.Array:
     size = jnp.asarray(size).astype(jnp.uint32)
-    return view.astype(jnp.uint32) * jnp.broadcast_to(size, view.shape)
+    weights = view.astype(jnp.uint32) * jnp.broadcast_to(size, view.shape)
+    return jnp.sum(weights, axes, dtype=jnp.uint32)
 
 
 def _search(
