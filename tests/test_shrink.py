@@ -177,6 +177,30 @@ def test_whole_residual_branch_goes():
 
 
 @pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        ("resnet training", "params/Conv_1/kernel:3"),
+        ("mobilenet", "params/Conv_1/kernel:3"),
+        ("decoder", "layer1/k:1"),
+        ("lstm", "params/OptimizedLSTMCell_0/hf/kernel:0"),
+    ],
+)
+def test_a_group_goes_whole_or_is_refused(name, leaf):
+    c = case(name)
+    groups = jp.channel_groups(c.apply, c.params, *c.args, has_state=c.has_state)
+    one = groups.where(lambda g: g.name == leaf)
+    masks = jp.mask_channels(random_scores(c.params), one, 0.99, floor=0, multiple_of=one[0].size)
+    if name == "lstm":
+        with pytest.raises(ValueError, match="emptied"):
+            jp.shrink(c.apply, c.params, masks, groups)
+        return
+    small_apply, small = jp.shrink(c.apply, c.params, masks, groups)
+    ours = jax.jit(small_apply)(small, *c.args)
+    theirs = c.apply(jp.apply_masks(c.params, masks), *c.args)
+    close(*(y[0] if c.has_state else y for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
     "tx",
     [
         optax.sgd(0.1, momentum=0.9),
