@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from architectures import CASES, case, normal
+from flax import nnx
 
 import jaxprune as jp
 from jaxprune.channels.masks import axes_kept, channels_alive
@@ -240,6 +241,26 @@ def test_state_that_cannot_be_matched_is_refused():
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"a: .*start again with tx.init"):
         jp.shrink_state(tx, state, params, masks, groups)
+    with pytest.raises(ValueError, match="structures differ"):
+        jp.shrink_state(optax.adam(1e-2), state, params, masks, groups)
+    with pytest.raises(ValueError, match="z: no leaf of the groups"):
+        jp.shrink_state(tx, state, {"z": params["a"]}, masks, groups)
+
+
+@pytest.mark.parametrize("name", ["resnet training", "nnx resnet"])
+def test_state_of_the_trained_part_follows(name):
+    c = case(name)
+    groups = jp.channel_groups(c.apply, c.params, *c.args, has_state=True)
+    masks = jp.mask_channels(random_scores(c.params), groups, 0.4)
+    _, small = jp.shrink(c.apply, c.params, masks, groups)
+    if name == "nnx resnet":
+        trained, small = (nnx.filter_state(p, nnx.Param) for p in (c.params, small))
+    else:
+        trained, small = c.params["params"], small["params"]
+    tx = optax.adam(1e-2)
+    state = jp.shrink_state(tx, tx.init(trained), trained, masks, groups)
+    expected = jax.eval_shape(tx.init, small)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, expected)
 
 
 def test_flops_are_counted_by_leaf():
@@ -287,6 +308,10 @@ def test_bad_input_is_refused():
     frozen = {"a": None, "b": None, "c": jnp.ones((8, 2), bool).at[:, 0].set(False)}
     with pytest.raises(ValueError, match=r"c: .*frozen \(an output of the model\)"):
         jp.shrink(apply, params, frozen, groups)
+    with pytest.raises(TypeError, match="a: the mask is traced"):
+        jax.jit(lambda m: jp.shrink(apply, params, m, groups)[1])(masks)
+    with pytest.raises(TypeError, match=r"groups\.where"):
+        jp.shrink(apply, params, masks, list(groups))
     with pytest.raises(ValueError, match="a: the mask is int32"):
         jp.shrink(apply, params, {**masks, "a": jnp.ones((3, 8), jnp.int32)}, groups)
     with pytest.raises(ValueError, match="d"):
