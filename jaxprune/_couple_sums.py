@@ -64,10 +64,23 @@ def elementwise(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[
         if name == "select_n" and not ins[0].axes:  # NaN for all channels or for none
             zeros = [z or _is_nan(v.const) for z, v in zip(zeros, ins, strict=True)]
         zero.append(bool(_zero(name, eqn, ins, zeros)))
-        if (name in _SINGULAR and zeros[0]) or (name == "div" and zeros[1]):
+        if _is_singular(name, eqn, ins, zeros):
             atoms.spoil(axes[-1], f"{name} of a channel that masking makes zero")
     const = ins[0].const if name in _SAME_NUMBER else None
     return [Value(tuple(axes), tuple(zero), const, source_of(ins))]
+
+
+def _is_singular(
+    name: str, eqn: core.JaxprEqn, ins: Sequence[Value], zeros: Sequence[bool]
+) -> bool:
+    """Whether the function has no value where the operands are zero."""
+    if name in ("div", "rem"):
+        return zeros[1]
+    if name == "integer_pow":
+        return zeros[0] and eqn.params["y"] < 0
+    if name == "pow":
+        return zeros[0] and (ins[1].const is None or bool(ins[1].const < 0))
+    return name in _SINGULAR and zeros[0]
 
 
 def _is_nan(number: Any) -> bool:
