@@ -1,4 +1,4 @@
-"""Train a small CNN on handwritten digits, remove most of its channels, train on, and time it."""
+"""Train a small CNN on digits, remove most of its channels, refit, train on, and time it."""
 
 import argparse
 import functools
@@ -115,7 +115,10 @@ def main(argv=None):
     masks = jp.mask_channels(
         scores, groups, flops=args.flops, reduce=np.sum, normalise=None, per_cost=True, floor=0.15
     )
-    small_apply, small = jp.shrink(apply, params, masks, groups)
+    grams = jp.input_grams(apply, params, [x for x, _ in batches])
+    kernels = jax.tree.map(lambda _, gram, m: None if gram is None else m, params, grams, masks)
+    refitted = jp.reconstruct(params, kernels, grams, damping=0.01)
+    small_apply, small = jp.shrink(apply, refitted, masks, groups)
     small_state = jp.shrink_state(tx, state, params, masks, groups)
     more = {"epochs": max(1, args.epochs // 2), **options}
     dense, _ = train(apply, tx, params, state, label="dense, longer", **more)

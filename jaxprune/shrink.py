@@ -102,7 +102,7 @@ def shrink_state(
     kept = {at: removal[i] for at, i in enumerate(trained) if i in removal}
     small = jax.eval_shape(lambda p: _cut_leaves(p, kept), params)
     target = jax.eval_shape(tx.init, small)
-    if jax.tree.structure(opt_state) != jax.tree.structure(target):
+    if not _alike(opt_state, target):
         raise ValueError(
             "opt_state is no state of tx for these params: their structures differ; give the "
             "params that the state was made for"
@@ -136,6 +136,12 @@ def shrink_state(
         transform_non_params=lambda pair: pair.state if isinstance(pair, _Pair) else pair,
         is_leaf=lambda v: v is None or isinstance(v, optax.MaskedNode),
     )
+
+
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees have the same structure."""
+    first: Any = jax.tree.structure(a)
+    return bool(first == jax.tree.structure(b))
 
 
 class _Place:
