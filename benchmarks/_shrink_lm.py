@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import jaxprune as jp
 from benchmarks import _timing
@@ -18,7 +17,7 @@ MLP, HEADS, LENGTH = 0.2, 2 / 9, 512
 
 
 def bench_smollm2(args):
-    """Perplexity and latency: dense, scored, scored and refitted, and removed at random.
+    """Perplexity and latency: dense, removed by two criteria, refitted, and removed at random.
 
     The groups keep each key-value head with its three query heads, so that 20 of the 90 groups of
     the 30 layers go: 60 of 270 query heads.
@@ -29,29 +28,32 @@ def bench_smollm2(args):
     first, last = smollm2.news()
     if args.quick:
         params["layers"] = params["layers"][:2]
-    few, many = (1, 2) if args.quick else (8, 24)
+    few, many = (1, 2) if args.quick else (6, 16)
     calibration = [w[None] for w in smollm2.windows(tokenizer, first, LENGTH, few)]
     texts = smollm2.windows(tokenizer, last, LENGTH, many)
     groups = jp.channel_groups(smollm2.apply, params, calibration[0])
 
-    scores = jp.fisher(functools.partial(surprise, smollm2.apply), params, calibration)
-    masks = {"scored": removal(scores, groups)}
+    loss = functools.partial(surprise, smollm2.apply)
+    masks = {
+        name: removal(criterion(loss, params, calibration), groups)
+        for name, criterion in (("Fisher", jp.fisher), ("first order", jp.snip))
+    }
     for seed in range(args.seeds):
         drawn = jp.random_saliency(params, key=jax.random.key(seed))
         masks[f"random {seed}"] = removal(drawn, groups)
     models = {"dense": (smollm2.apply, params)}
-    refitted = refit(smollm2.apply, params, masks["scored"], calibration)
+    refitted = refit(smollm2.apply, params, masks["Fisher"], calibration)
     for name, mask in masks.items():
         models[name] = jp.shrink(smollm2.apply, params, mask, groups)
-    models["scored, refitted"] = jp.shrink(smollm2.apply, refitted, masks["scored"], groups)
+    models["Fisher, refitted"] = jp.shrink(smollm2.apply, refitted, masks["Fisher"], groups)
 
-    found = {
-        name: smollm2.perplexity(p, texts, call)
-        for name, (call, p) in tqdm(models.items(), desc="perplexity")
-    }
+    found = {}
+    for name, (call, p) in models.items():
+        found[name] = smollm2.perplexity(p, texts, call)
+        print(f"{name}: perplexity {found[name]:.2f}", flush=True)
     calls = {
         name: functools.partial(jax.jit(models[name][0]), models[name][1], texts[:1])
-        for name in ("dense", "scored")
+        for name in ("dense", "Fisher")
     }
     seconds = _timing.interleaved(calls, 2 if args.quick else 8, "latency")
     rows = [("", "weights", "GFLOPs", "perplexity", "latency s", "faster")]

@@ -89,7 +89,7 @@ class NnxStacked(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(9, 6, rngs=rngs)
-        self.blocks = nnx.vmap(NnxBlock, in_axes=(0,))(rngs.split(3))
+        self.blocks = nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))(jax.random.split(KEY, 3))
 
     def __call__(self, tokens):
         block = nnx.remat(lambda x, block: block(x))
