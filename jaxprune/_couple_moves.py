@@ -131,10 +131,11 @@ def _split(atoms: Atoms, merged: np.ndarray, sizes: Sequence[int]) -> tuple[list
     """The axes that one axis becomes, and which of them carries its atoms.
 
     An axis along which alone the atoms vary carries them as they are; otherwise the outermost
-    does, and what lies within one of its positions becomes one unit.
+    does, and what lies within one of its positions becomes one unit. Two or three outermost parts
+    of several axes each are fused projections (queries, keys, values): the next axis carries.
     """
     grid = merged.reshape(sizes)
-    carrier = 0
+    carrier = int(len(sizes) > 2 and sizes[0] <= 3)
     for place in range(len(sizes)):
         front = np.moveaxis(grid, place, 0).reshape(sizes[place], -1)
         if (front == front[:, :1]).all():

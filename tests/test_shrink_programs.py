@@ -82,6 +82,15 @@ def descended(p, x):
     return f(jax.tree.map(lambda w, g: w - 0.1 * g, p, grads))
 
 
+def fused_heads(p, x):
+    """Queries, keys and values from one projection, three outermost."""
+    rows, width = x.shape[0], p["a"].shape[0]
+    fused = ((x @ p["in"]) @ p["a"]).reshape(rows, 3, 4, 2).transpose(1, 2, 0, 3)
+    q, k, v = fused[0], fused[1], fused[2]
+    mixed = jax.nn.softmax(q @ jnp.swapaxes(k, 1, 2)) @ v
+    return (jnp.swapaxes(mixed, 0, 1).reshape(rows, 8) @ p["b"]).reshape(rows, width) @ p["out"]
+
+
 IMAGE, ROWS = normal(2, 6, 6, 2), normal(3, 4)
 PROGRAMS = {
     "negative padding": (
@@ -118,6 +127,7 @@ PROGRAMS = {
         lambda p, x: by_width(x @ p["a"]) @ p["b"],
         {"a": (4, 8), "b": (8, 2)},
     ),
+    "fused heads": (fused_heads, {"in": (4, 6), "a": (6, 24), "b": (8, 6), "out": (6, 2)}),
     "codebook": (quantised, {"a": (4, 8), "c": (5, 8), "b": (8, 2)}),
     "a gradient step inside": (descended, {"a": (4, 8), "b": (8, 2)}),
     "rows by index": (
@@ -146,7 +156,7 @@ def law(apply, params, *args):
 def test_law_on_odd_programs(name):
     apply, shapes = PROGRAMS[name]
     params = {leaf: normal(*shape, seed=i) for i, (leaf, shape) in enumerate(shapes.items())}
-    args = (IMAGE if params["a"].shape[0] == 2 else ROWS,)
+    args = (IMAGE if shapes["a"][0] == 2 else ROWS,)
     masks, groups, small_apply, small, masked = law(apply, params, *args)
     c = Case(apply, params, args)
     ours, our_grads = value_and_gradients(c, small_apply, small, args)
@@ -221,3 +231,12 @@ def test_one_array_at_two_paths():
     *_, small_apply, small, masked = law(apply, params, ROWS)
     assert small["read"].shape == small["write"].shape
     close(small_apply(small, ROWS), apply(masked, ROWS))
+
+
+def test_heads_of_a_fused_projection_are_units():
+    apply, shapes = PROGRAMS["fused heads"]
+    params = {leaf: jnp.ones(shape) for leaf, shape in shapes.items()}
+    groups = jp.channel_groups(apply, params, ROWS)
+    heads = next(g for g in groups if g.name == "a:1")
+    assert heads.size == 4
+    assert heads.members[0].positions[1].tolist() == [2, 3, 10, 11, 18, 19]
