@@ -131,9 +131,9 @@ def _surprise(params, tokens, model=apply):
     return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], -1))
 
 
-def perplexity(params, windows):
+def perplexity(params, windows, model=apply):
     """exp of the mean surprise of the next token over windows (n, length) of tokens."""
-    return float(np.exp(np.mean([_surprise(params, w[None]) for w in windows])))
+    return float(np.exp(np.mean([_surprise(params, w[None], model) for w in windows])))
 
 
 def windows(tokenizer, documents, length=512, count=None):

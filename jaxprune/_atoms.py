@@ -14,6 +14,7 @@ from jax.extend import core
 LIVE, FREE, FROZEN = 0, 1, 2
 DATA, CONSTANT = -2, -1
 """Where a value comes from, where it is not the index of a leaf."""
+GROWS = "an axis of size one that is broadcast"
 
 
 class Value(NamedTuple):

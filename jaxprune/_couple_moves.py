@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 from jax.extend import core
+from jax.lax import GatherScatterMode
 
 from jaxprune._atoms import (
     CONSTANT,
     FREE,
     FROZEN,
+    GROWS,
     Atoms,
     Rule,
     Value,
@@ -22,6 +24,9 @@ from jaxprune._atoms import (
     unknown,
 )
 
+CLAMPED = (GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS)
+"""Lookups in which a slice of a whole axis always starts at its first position."""
+
 
 def each(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
     """Operands come out as they went in."""
@@ -30,13 +35,15 @@ def each(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
 
 
 def broadcast_in_dim(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
-    """New axes, and axes of size one that grow, are free."""
+    """New axes are free; an axis of size one that grows must stay, what it becomes is free."""
     value, shape = ins[0], shape_of(eqn.outvars[0])
     axes = [None] * len(shape)
     zero = [bool(value.const == 0)] * len(shape)
     for at, to in enumerate(eqn.params["broadcast_dimensions"]):
         if len(value.axes[at]) == shape[to]:
             axes[to], zero[to] = value.axes[at], value.is_zero(at)
+        else:
+            atoms.freeze(value.axes[at], GROWS)
     full = tuple(
         atoms.fresh(n, FREE) if axis is None else axis for axis, n in zip(axes, shape, strict=True)
     )
@@ -124,10 +131,11 @@ def _split(atoms: Atoms, merged: np.ndarray, sizes: Sequence[int]) -> tuple[list
     """The axes that one axis becomes, and which of them carries its atoms.
 
     An axis along which alone the atoms vary carries them as they are; otherwise the outermost
-    does, and what lies within one of its positions becomes one unit.
+    does, and what lies within one of its positions becomes one unit. Two or three outermost parts
+    of several axes each are fused projections (queries, keys, values): the next axis carries.
     """
     grid = merged.reshape(sizes)
-    carrier = 0
+    carrier = int(len(sizes) > 2 and sizes[0] <= 3)
     for place in range(len(sizes)):
         front = np.moveaxis(grid, place, 0).reshape(sizes[place], -1)
         if (front == front[:, :1]).all():
@@ -287,7 +295,8 @@ def gather(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value
     collapsed, batch = numbers.collapsed_slice_dims, numbers.operand_batching_dims
     offsets = [a for a in range(len(value.axes)) if a not in (*collapsed, *batch)]
     for a, to in zip(offsets, numbers.offset_dims, strict=True):
-        if sizes[a] == len(value.axes[a]) and a not in numbers.start_index_map:
+        free = a not in numbers.start_index_map or eqn.params["mode"] in CLAMPED
+        if sizes[a] == len(value.axes[a]) and free:
             axes[to], zero[to] = value.axes[a], value.is_zero(a)
         else:
             atoms.freeze(value.axes[a], looked_up)

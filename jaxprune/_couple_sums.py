@@ -8,6 +8,7 @@ from jax.extend import core
 
 from jaxprune._atoms import (
     FROZEN,
+    GROWS,
     Atoms,
     Product,
     Rule,
@@ -56,12 +57,34 @@ def elementwise(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[
     for axis, n in enumerate(shape_of(eqn.outvars[0])):
         wide = [bool(v.axes) and len(v.axes[axis]) == n for v in ins]
         axes.append(atoms.join([v.axes[axis] for v, w in zip(ins, wide, strict=True) if w]))
+        for value, w in zip(ins, wide, strict=True):
+            if value.axes and not w:
+                atoms.freeze(value.axes[axis], GROWS)
         zeros = [v.const == 0 or (w and v.zero[axis]) for v, w in zip(ins, wide, strict=True)]
+        if name == "select_n" and not ins[0].axes:  # NaN for all channels or for none
+            zeros = [z or _is_nan(v.const) for z, v in zip(zeros, ins, strict=True)]
         zero.append(bool(_zero(name, eqn, ins, zeros)))
-        if (name in _SINGULAR and zeros[0]) or (name == "div" and zeros[1]):
+        if _is_singular(name, eqn, ins, zeros):
             atoms.spoil(axes[-1], f"{name} of a channel that masking makes zero")
     const = ins[0].const if name in _SAME_NUMBER else None
     return [Value(tuple(axes), tuple(zero), const, source_of(ins))]
+
+
+def _is_singular(
+    name: str, eqn: core.JaxprEqn, ins: Sequence[Value], zeros: Sequence[bool]
+) -> bool:
+    """Whether the function has no value where the operands are zero."""
+    if name in ("div", "rem"):
+        return zeros[1]
+    if name == "integer_pow":
+        return zeros[0] and eqn.params["y"] < 0
+    if name == "pow":
+        return zeros[0] and (ins[1].const is None or bool(ins[1].const < 0))
+    return name in _SINGULAR and zeros[0]
+
+
+def _is_nan(number: Any) -> bool:
+    return number is not None and bool(number != number)
 
 
 def _zero(name: str, eqn: core.JaxprEqn, ins: Sequence[Value], zeros: Sequence[bool]) -> bool:
@@ -95,20 +118,27 @@ def bitcast(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> Sequence[
 
 def reduction(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[Value]:
     """Sums over zeros are exact, other reductions see what was there."""
+    return [_reduce(atoms, eqn, value) for value in ins]
+
+
+def collective(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> Sequence[Value]:
+    """Over an axis that ``vmap`` named a collective is a reduction, over devices it is not."""
+    here = all(isinstance(axis, (int, np.integer)) for axis in eqn.params["axes"])
+    whole = eqn.params.get("axis_index_groups") is None
+    return reduction(atoms, eqn, ins) if here and whole else unknown(atoms, eqn, ins)
+
+
+def _reduce(atoms: Atoms, eqn: core.JaxprEqn, value: Value) -> Value:
     name, gone = eqn.primitive.name, eqn.params["axes"]
-    for value in ins:
-        for axis in gone:
-            if name in ("argmax", "argmin"):
-                atoms.freeze(value.axes[axis], f"{name} over this axis")
-            elif name != "reduce_sum" or not value.is_zero(axis):
-                atoms.spoil(value.axes[axis], f"{name} over this axis, which zeros take part in")
-    rest = [a for a in range(len(ins[0].axes)) if a not in gone]
-    sums = name in ("reduce_sum", "reduce_max", "reduce_min")
-    value = take_axes(ins[0], rest)
-    return [
-        Value(value.axes, tuple(sums and ins[0].is_zero(a) for a in rest), None, source_of(ins))
-        for _ in eqn.outvars
-    ]
+    for axis in gone:
+        if name in ("argmax", "argmin"):
+            atoms.freeze(value.axes[axis], f"{name} over this axis")
+        elif name not in ("reduce_sum", "psum") or not value.is_zero(axis):
+            atoms.spoil(value.axes[axis], f"{name} over this axis, which zeros take part in")
+    left = take_axes(value, [a for a in range(len(value.axes)) if a not in gone])
+    zeros = name in ("reduce_sum", "reduce_max", "reduce_min", "psum", "pmax", "pmin")
+    kept = tuple(zeros and left.is_zero(a) for a in range(len(left.axes)))
+    return Value(left.axes, kept, None, value.source)
 
 
 def along(*names: str) -> Rule:
@@ -218,6 +248,7 @@ def convolution(atoms: Atoms, eqn: core.JaxprEqn, ins: Sequence[Value]) -> list[
 
 RULES: dict[str, Rule] = dict.fromkeys((*_ZERO_AT_ZERO, *_BY_CASES, *_NOT_AT_ZERO), elementwise)
 RULES |= {f"reduce_{name}": reduction for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
+RULES |= dict.fromkeys(("psum", "pmax", "pmin"), collective)
 RULES |= {f"reduce_window_{name}": window for name in ("max", "min", "sum")}
 RULES |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}
 RULES |= {

@@ -209,11 +209,13 @@ def _split(eqn, cut, given, before, after):
 
 
 def _convolution(eqn, cut, given, before, after):
-    del cut, before, after
+    del before
     lhs, rhs, _ = eqn.params["dimension_numbers"]
     if eqn.params["feature_group_count"] == 1:
         return _rebind(eqn, given)
     groups = given[0].shape[lhs[1]] // given[1].shape[rhs[1]]
+    if groups == 0:
+        return jax.numpy.zeros(cut.shape(after[0]), eqn.outvars[0].aval.dtype)
     return _rebind(eqn, given, feature_group_count=groups)
 
 

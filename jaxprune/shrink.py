@@ -11,7 +11,7 @@ from jax.extend import core
 
 from jaxprune import _small, _tree
 from jaxprune._typing import Masks, Params, PyTree
-from jaxprune.channels.groups import ChannelGroups, Model, abstract, read_model
+from jaxprune.channels.groups import ChannelGroups, Model, abstract, match_path, read_model
 from jaxprune.channels.masks import axes_kept, channels_alive
 
 _Kept = dict[int, dict[int, np.ndarray]]
@@ -53,8 +53,8 @@ def shrink(
       >>> small["a"].shape, small_apply(small, jnp.ones((7, 1))).shape
       ((1, 2), (7, 4))
     """
-    model = groups.model
     kept = axes_kept(groups, channels_alive(masks, groups))
+    model = groups.model
     _check_params(params, model)
     small = _cut_leaves(params, kept)
     tree = jax.tree.structure(params)
@@ -75,7 +75,8 @@ def shrink_state(
     Args:
       tx: the optimizer that made the state.
       opt_state: its state for the full-size parameters.
-      params: the full-size parameters.
+      params: the full-size parameters that the optimizer trains: those of the groups, or some of
+        them, matched by path or by its end (``variables["params"]`` beside batch statistics).
       masks: the masks that ``shrink`` was given.
       groups: from ``channel_groups``.
 
@@ -83,8 +84,8 @@ def shrink_state(
       A state with the structure of ``tx.init(small_params)``.
 
     Raises:
-      ValueError: if the masks are not whole channels, or the state of a leaf cannot be matched to
-        its weights.
+      ValueError: if the masks are not whole channels, the state is no state of ``tx`` for these
+        parameters, or the state of a leaf cannot be matched to its weights.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxprune as jp
@@ -96,11 +97,18 @@ def shrink_state(
       >>> jp.shrink_state(tx, tx.init(params), params, masks, groups)[0].mu["a"].shape
       (1, 2)
     """
-    kept = axes_kept(groups, channels_alive(masks, groups))
-    _check_params(params, groups.model)
+    removal = axes_kept(groups, channels_alive(masks, groups))
+    trained = _trained(params, groups.model)
+    kept = {at: removal[i] for at, i in enumerate(trained) if i in removal}
     small = jax.eval_shape(lambda p: _cut_leaves(p, kept), params)
     target = jax.eval_shape(tx.init, small)
-    paths, leaves = groups.model.paths, groups.model.leaves
+    if not _alike(opt_state, target):
+        raise ValueError(
+            "opt_state is no state of tx for these params: their structures differ; give the "
+            "params that the state was made for"
+        )
+    paths = [groups.model.paths[i] for i in trained]
+    leaves = [groups.model.leaves[i] for i in trained]
     places = iter(range(len(paths)))
     named = jax.tree.map(lambda _: _Place(next(places)), params)
 
@@ -128,6 +136,12 @@ def shrink_state(
         transform_non_params=lambda pair: pair.state if isinstance(pair, _Pair) else pair,
         is_leaf=lambda v: v is None or isinstance(v, optax.MaskedNode),
     )
+
+
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees have the same structure."""
+    first: Any = jax.tree.structure(a)
+    return bool(first == jax.tree.structure(b))
 
 
 class _Place:
@@ -169,6 +183,24 @@ def _take(leaf: Any, axes: dict[int, np.ndarray]) -> Any:
 def _cut_leaves(params: Params, kept: _Kept) -> Params:
     leaves, tree = jax.tree.flatten(params)
     return jax.tree.unflatten(tree, [_take(leaf, kept.get(i, {})) for i, leaf in enumerate(leaves)])
+
+
+def _trained(params: Params, model: Model) -> list[int]:
+    """For every leaf of ``params`` its place among the leaves of the groups."""
+    known = dict(zip(model.paths, model.leaves, strict=True))
+    index = {path: i for i, path in enumerate(model.paths)}
+    found = []
+    for path, leaf in _tree.leaves_with_paths(params):
+        if leaf is None:
+            continue
+        match = match_path(path, np.shape(leaf), known)
+        if match is None:
+            raise ValueError(
+                f"{path}: no leaf of the groups has this path and shape {np.shape(leaf)}; give "
+                "the full-size params that the groups were read from, or a part of them"
+            )
+        found.append(index[match])
+    return found
 
 
 def _check_params(params: Params, model: Model) -> None:

@@ -1,45 +1,14 @@
-"""Small models of many shapes and frameworks: ``build() -> Case``, random weights everywhere."""
+"""Small models of many shapes and frameworks: ``case(name) -> Case``, random weights everywhere."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-
-KEY = jax.random.key(3)
-
-
-class Case(NamedTuple):
-    apply: Any
-    params: Any
-    args: tuple
-    has_state: bool = False
-
-
-def randomised(tree, seed=0):
-    """Random numbers in every floating leaf; variances stay positive."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    rng, out = np.random.default_rng(seed), []
-    for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-            out.append(jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf)
-            continue
-        values = rng.normal(size=leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])) ** 0.8)
-        if "var" in jax.tree_util.keystr(path):
-            values = np.abs(values) + 0.5
-        wide = leaf.dtype == jnp.float64  # inputs are float32, whether x64 is on or not
-        out.append(jnp.asarray(values, jnp.float32 if wide else leaf.dtype))
-    return jax.tree.unflatten(structure, out)
-
-
-def normal(*shape, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+import other_frameworks
+from shrinkable import IMAGE, KEY, SEQUENCE, TOKENS, Case, normal, randomised
 
 
 def linen(module, *args, train=None, rngs=None, **kwargs):
@@ -303,144 +272,6 @@ def grouped_case():
     return Case(apply, randomised(params), (normal(4, 4),))
 
 
-def of_nnx(make, *args, has_state=False):
-    graph, state = nnx.split(make(nnx.Rngs(0)))
-    state = randomised(state)
-
-    def apply(state, *args):
-        model = nnx.merge(graph, state)
-        y = model(*args)
-        return (y, nnx.state(model, nnx.BatchStat)) if has_state else y
-
-    return Case(apply, state, args, has_state)
-
-
-class NnxMLP(nnx.Module):
-    def __init__(self, rngs):
-        self.a = nnx.Linear(4, 12, rngs=rngs)
-        self.drop = nnx.Dropout(0.5, rngs=rngs)
-        self.norm = nnx.LayerNorm(12, rngs=rngs)
-        self.b = nnx.Linear(12, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.b(self.norm(self.drop(nnx.elu(self.a(x)))))
-
-
-class NnxResNet(nnx.Module):
-    def __init__(self, rngs):
-        self.stem = nnx.Conv(2, 6, (3, 3), rngs=rngs)
-        self.norm = nnx.BatchNorm(6, rngs=rngs)
-        self.conv = nnx.Conv(6, 6, (3, 3), rngs=rngs)
-        self.head = nnx.Linear(6, 3, rngs=rngs)
-
-    def __call__(self, x):
-        x = nnx.relu(self.norm(self.stem(x)))
-        return self.head((x + nnx.relu(self.conv(x))).mean((1, 2)))
-
-
-class NnxAttention(nnx.Module):
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(9, 12, rngs=rngs)
-        self.norm = nnx.RMSNorm(12, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(3, 12, decode=False, rngs=rngs)
-        self.rnn = nnx.RNN(nnx.GRUCell(12, 6, rngs=rngs))
-        self.head = nnx.Linear(6, 3, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.embed(tokens)
-        return self.head(self.rnn(x + self.attention(self.norm(x))))
-
-
-def haiku(f, *args, state=False):
-    model = hk.transform_with_state(f)
-    shapes = jax.eval_shape(model.init, KEY, *args)
-    params, stats = randomised(shapes)
-    if state:
-        return Case(
-            lambda v, *args: model.apply(v["params"], v["state"], KEY, *args),
-            {"params": params, "state": stats},
-            args,
-            True,
-        )
-    return Case(lambda p, *args: model.apply(p, {}, KEY, *args)[0], params, args)
-
-
-def hk_resnet(x):
-    x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(hk.Conv2D(6, 3)(x), True))
-    x = x + jax.nn.relu(hk.Conv2D(6, 3)(x))
-    return hk.Linear(3)(hk.AvgPool((2, 2, 1), (2, 2, 1), "VALID")(x).mean((1, 2)))
-
-
-def hk_attention(x):
-    x = hk.Linear(8)(x)
-    y = hk.LayerNorm(-1, True, True)(x)
-    x = x + hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling())(y, y, y)
-    return hk.Linear(3)(x + hk.nets.MLP([10, 8], activation=jax.nn.gelu)(x))
-
-
-def hk_recurrent(x):
-    for core in (hk.LSTM(6), hk.GRU(5)):
-        x, _ = hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))
-    return hk.Linear(3)(x[-1])
-
-
-def equinox(make, *args):
-    params, static = eqx.partition(make(KEY), eqx.is_inexact_array)
-
-    def apply(params, *args):
-        return jax.vmap(eqx.combine(params, static))(*args)
-
-    return Case(apply, randomised(params), args)
-
-
-class EqxConv(eqx.Module):
-    layers: list
-
-    def __init__(self, key):
-        a, b, c, d = jax.random.split(key, 4)
-        self.layers = [
-            eqx.nn.Conv2d(2, 8, 3, padding=1, key=a),
-            eqx.nn.GroupNorm(4, 8),
-            jax.nn.relu,
-            eqx.nn.MaxPool2d(2, 2),
-            eqx.nn.Conv2d(8, 8, 3, groups=8, key=b),
-            jax.nn.swish,
-            eqx.nn.ConvTranspose2d(8, 6, 2, 2, key=c),
-            jnp.ravel,
-            eqx.nn.Linear(6 * 16, 3, key=d),
-        ]
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class EqxAttention(eqx.Module):
-    norm: eqx.Module
-    attention: eqx.Module
-    cell: eqx.Module
-    mlp: eqx.Module
-
-    def __init__(self, key):
-        a, b, c = jax.random.split(key, 3)
-        self.norm = eqx.nn.RMSNorm(8)
-        self.attention = eqx.nn.MultiheadAttention(2, 8, key=a)
-        self.cell = eqx.nn.LSTMCell(8, 6, key=b)
-        self.mlp = eqx.nn.MLP(6, 3, 9, 2, key=c)
-
-    def __call__(self, x):
-        y = jax.vmap(self.norm)(x)
-        x = x + self.attention(y, y, y)
-        start = (jnp.zeros(6), jnp.zeros(6))
-        (h, _), _ = jax.lax.scan(lambda s, y: (self.cell(y, s), None), start, x)
-        return self.mlp(h)
-
-
-IMAGE = normal(2, 8, 8, 2)
-SEQUENCE = normal(2, 5, 4)
-TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, 9, (2, 5)))
-
 CASES = {
     "mlp": lambda: linen(MLP(), normal(4, 5), train=False),
     "mlp dropout": lambda: linen(MLP(), normal(4, 5), train=True),
@@ -462,15 +293,7 @@ CASES = {
     "tied": lambda: linen(Tied(), TOKENS),
     "remat": lambda: linen(Remat(), normal(4, 5)),
     "grouped": grouped_case,
-    "nnx mlp": lambda: of_nnx(NnxMLP, normal(4, 4)),
-    "nnx resnet": lambda: of_nnx(NnxResNet, IMAGE, has_state=True),
-    "nnx attention": lambda: of_nnx(NnxAttention, TOKENS),
-    "haiku resnet": lambda: haiku(hk_resnet, IMAGE, state=True),
-    "haiku attention": lambda: haiku(hk_attention, normal(2, 5, 4)),
-    "haiku recurrent": lambda: haiku(hk_recurrent, normal(5, 2, 4)),
-    "equinox conv": lambda: equinox(EqxConv, normal(2, 2, 8, 8)),
-    "equinox attention": lambda: equinox(EqxAttention, normal(2, 5, 8)),
-}
+} | other_frameworks.CASES
 
 
 @cache

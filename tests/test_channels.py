@@ -105,6 +105,12 @@ def test_recurrent_units_are_found():
         (lambda h: h - jnp.mean(jnp.exp(h), 1, keepdims=True), "reduce_sum over this axis"),
         (lambda h: jnp.exp(h) @ jnp.cos(h).T @ h, "neither factor is zero"),
         (lambda h: h / jnp.square(h), "div of a channel that masking makes zero"),
+        (lambda h: h**-2, "integer_pow of a channel that masking makes zero"),
+        (lambda h: jnp.abs(h) ** 1.5, ""),
+        (lambda h: jnp.abs(h) ** -1.5, "pow of a channel that masking makes zero"),
+        (lambda h: jax.lax.rem(jnp.ones_like(h), h), "rem of a channel that masking makes zero"),
+        (lambda h: h / jnp.std(h, 0, keepdims=True), "div of a channel that masking makes zero"),
+        (lambda h: h / (jnp.std(h, 0, keepdims=True) + 1), ""),
         (lambda h: h * jnp.mean(h * h, 1, keepdims=True), ""),
         (lambda h: (h @ h.T) @ h, ""),
         (lambda h: jax.nn.sigmoid(h) + 1, ""),
@@ -153,7 +159,7 @@ def test_prints_and_picks():
     assert "frozen: an output of the model" in text
     assert text.splitlines()[0].startswith("group")
     some = groups.where(lambda g: not g.frozen)
-    assert len(some) == 7
+    assert len(some) == 5
     assert len(some[:2]) == 2
     assert some[0] == next(iter(some))
     assert repr(some) == str(some)
@@ -216,6 +222,25 @@ def test_flops_target_multiples_and_floors():
             assert kept(masks) <= 336
 
 
+def test_infinite_scores_rank_as_they_should():
+    _, params, groups = mlp()
+    scores = jp.magnitude(params)
+    first = groups.where(lambda g: g.name == "a:1")
+    masks = jp.mask_channels({**scores, "a": scores["a"].at[:, :8].set(jnp.inf)}, first, 0.75)
+    assert np.flatnonzero(np.asarray(masks["a"]).any(0)).tolist() == list(range(8))
+
+
+def test_cost_decides_between_equal_scores():
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 40)), "c": jnp.ones((40, 2))}
+    apply = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    groups = of(apply, params, jnp.ones((3, 4)))
+    scores = {"a": jnp.ones((4, 8)), "b": None, "c": jnp.ones((40, 2))}
+    for target in ({"sparsity": 0.3}, {"flops": 0.3}):
+        masks = jp.mask_channels(scores, groups, per_cost=True, normalise=None, **target)
+        assert not masks["a"].any(0).all()  # dear: 44 weights a channel
+        assert masks["c"].any(1).all()  # cheap: 10 weights a channel
+
+
 def test_only_scored_and_chosen_groups_lose_channels():
     _, params, groups = mlp()
     first = groups.where(lambda g: g.name == "a:1")
@@ -259,6 +284,10 @@ def test_bad_input_is_refused():
         jp.mask_channels(scores, groups, 0.5, floor=-1)
     with pytest.raises(ValueError, match="multiple_of"):
         jp.mask_channels(scores, groups, 0.5, multiple_of=0)
+    with pytest.raises(ValueError, match="multiple_of"):
+        jp.mask_channels(scores, groups, 0.5, multiple_of=2.5)
+    with pytest.raises(TypeError, match="a: the score is traced"):
+        jax.jit(lambda s: jp.mask_channels(s, groups, 0.5))(scores)
     with pytest.raises(TypeError, match=r"groups\.where"):
         jp.mask_channels(scores, list(groups), 0.5)
     with pytest.raises(ValueError, match="a: scores have shape"):

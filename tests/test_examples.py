@@ -37,10 +37,11 @@ def test_lottery_ticket():
     assert "40.00%" in out
 
 
-def test_shrink_cnn():
-    out = example("shrink_cnn", "--epochs", 1, "--flops", 0.5)
+def test_shrink_cnn(tmp_path):
+    out = example("shrink_cnn", "--epochs", 1, "--flops", 0.5, "--out", tmp_path)
     assert "Conv_0/kernel:3" in out
     assert "shrunk" in out
+    assert (tmp_path / "shrink_cnn.png").stat().st_size > 10_000
 
 
 def test_per_layer_rules():

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from architectures import CASES, case, normal
+from flax import nnx
 
 import jaxprune as jp
 from jaxprune.channels.masks import axes_kept, channels_alive
@@ -177,6 +178,30 @@ def test_whole_residual_branch_goes():
 
 
 @pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        ("resnet training", "params/Conv_1/kernel:3"),
+        ("mobilenet", "params/Conv_1/kernel:3"),
+        ("decoder", "layer1/k:1"),
+        ("lstm", "params/OptimizedLSTMCell_0/hf/kernel:0"),
+    ],
+)
+def test_a_group_goes_whole_or_is_refused(name, leaf):
+    c = case(name)
+    groups = jp.channel_groups(c.apply, c.params, *c.args, has_state=c.has_state)
+    one = groups.where(lambda g: g.name == leaf)
+    masks = jp.mask_channels(random_scores(c.params), one, 0.99, floor=0, multiple_of=one[0].size)
+    if name == "lstm":
+        with pytest.raises(ValueError, match="emptied"):
+            jp.shrink(c.apply, c.params, masks, groups)
+        return
+    small_apply, small = jp.shrink(c.apply, c.params, masks, groups)
+    ours = jax.jit(small_apply)(small, *c.args)
+    theirs = c.apply(jp.apply_masks(c.params, masks), *c.args)
+    close(*(y[0] if c.has_state else y for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
     "tx",
     [
         optax.sgd(0.1, momentum=0.9),
@@ -216,6 +241,26 @@ def test_state_that_cannot_be_matched_is_refused():
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"a: .*start again with tx.init"):
         jp.shrink_state(tx, state, params, masks, groups)
+    with pytest.raises(ValueError, match="structures differ"):
+        jp.shrink_state(optax.adam(1e-2), state, params, masks, groups)
+    with pytest.raises(ValueError, match="z: no leaf of the groups"):
+        jp.shrink_state(tx, state, {"z": params["a"]}, masks, groups)
+
+
+@pytest.mark.parametrize("name", ["resnet training", "nnx resnet"])
+def test_state_of_the_trained_part_follows(name):
+    c = case(name)
+    groups = jp.channel_groups(c.apply, c.params, *c.args, has_state=True)
+    masks = jp.mask_channels(random_scores(c.params), groups, 0.4)
+    _, small = jp.shrink(c.apply, c.params, masks, groups)
+    if name == "nnx resnet":
+        trained, small = (nnx.filter_state(p, nnx.Param) for p in (c.params, small))
+    else:
+        trained, small = c.params["params"], small["params"]
+    tx = optax.adam(1e-2)
+    state = jp.shrink_state(tx, tx.init(trained), trained, masks, groups)
+    expected = jax.eval_shape(tx.init, small)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, expected)
 
 
 def test_flops_are_counted_by_leaf():
@@ -263,6 +308,10 @@ def test_bad_input_is_refused():
     frozen = {"a": None, "b": None, "c": jnp.ones((8, 2), bool).at[:, 0].set(False)}
     with pytest.raises(ValueError, match=r"c: .*frozen \(an output of the model\)"):
         jp.shrink(apply, params, frozen, groups)
+    with pytest.raises(TypeError, match="a: the mask is traced"):
+        jax.jit(lambda m: jp.shrink(apply, params, m, groups)[1])(masks)
+    with pytest.raises(TypeError, match=r"groups\.where"):
+        jp.shrink(apply, params, masks, list(groups))
     with pytest.raises(ValueError, match="a: the mask is int32"):
         jp.shrink(apply, params, {**masks, "a": jnp.ones((3, 8), jnp.int32)}, groups)
     with pytest.raises(ValueError, match="d"):

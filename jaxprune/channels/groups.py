@@ -1,6 +1,6 @@
 """Coupled channels, read from a jaxpr: which positions of which leaves come and go as one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -270,14 +270,20 @@ def _end(
         return
     updates = [path for path, leaf in _tree.leaves_with_paths(outs[1]) if leaf is not None]
     for path, value in zip(updates, results[reals:], strict=True):
-        fits = [p for p in leaves if p == path] or [
-            p for p in leaves if p.endswith(f"/{path}") and leaves[p].shape == value.shape
-        ]
-        if len(fits) == 1 and leaves[fits[0]].shape == value.shape:
-            _unite_all(atoms, value, leaves[fits[0]])
+        leaf = match_path(path, value.shape, leaves)
+        if leaf is not None:
+            _unite_all(atoms, value, leaves[leaf])
         else:
             for axis in value.axes:
                 atoms.freeze(axis, f"an update at {path}, which is no path of params")
+
+
+def match_path(path: str, shape: tuple[int, ...], leaves: Mapping[str, Any]) -> str | None:
+    """The leaf of this shape at ``path``, or at the only path that ends with it."""
+    fits = [p for p in leaves if p == path] or [
+        p for p in leaves if p.endswith(f"/{path}") and leaves[p].shape == shape
+    ]
+    return fits[0] if len(fits) == 1 and leaves[fits[0]].shape == shape else None
 
 
 def _unite_all(atoms: Atoms, a: Value, b: Value) -> None:

@@ -99,7 +99,7 @@ def mask_channels(
             continue
         if normalise is not None:
             scale = float(normalise(values))
-            values = values / scale if scale > 0 else values
+            values = values / scale if 0 < scale < np.inf else values
         if savings is not None:
             values = values / np.maximum(savings[start : start + group.size], 1)
         order = np.argsort(-values, kind="stable")
@@ -147,14 +147,26 @@ def _target(sparsity: Any, flops: Any) -> tuple[float, str]:
 
 
 def _check_options(groups: ChannelGroups, floor: float, multiple_of: int) -> None:
+    _check_groups(groups)
+    if floor < 0:
+        raise ValueError(f"floor is {floor}; it is a count or a fraction of channels, 0 or more")
+    if multiple_of < 1 or multiple_of != int(multiple_of):
+        raise ValueError(f"multiple_of is {multiple_of}; it is a number of channels, 1 or more")
+
+
+def _check_groups(groups: Any) -> None:
     if not isinstance(groups, ChannelGroups):
         raise TypeError(
             "groups must be what jp.channel_groups gives; choose among them with groups.where(...)"
         )
-    if floor < 0:
-        raise ValueError(f"floor is {floor}; it is a count or a fraction of channels, 0 or more")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of is {multiple_of}; it is a number of channels, 1 or more")
+
+
+def _check_concrete(path: str, leaf: Any, what: str) -> None:
+    if not _checks.is_concrete(leaf):
+        raise TypeError(
+            f"{path}: {what} is traced; the shapes that follow from it must be known now, so call "
+            "this outside jit"
+        )
 
 
 def _scores_by_path(scores: Scores, groups: ChannelGroups) -> dict[str, Any]:
@@ -166,6 +178,7 @@ def _scores_by_path(scores: Scores, groups: ChannelGroups) -> dict[str, Any]:
                 f"{path}: the groups know this leaf and scores do not; score the same tree"
             )
         score = given[path]
+        _check_concrete(path, score, "the score")
         if score is not None and np.shape(score) != leaf.shape:
             raise ValueError(
                 f"{path}: scores have shape {np.shape(score)}, the grouped model {leaf.shape}; "
@@ -267,6 +280,7 @@ def channels_alive(masks: Masks, groups: ChannelGroups) -> np.ndarray:
 
     Raises a ``ValueError`` naming the leaf unless the masks remove whole channels and no others.
     """
+    _check_groups(groups)
     model = groups.model
     given = dict(_tree.leaves_with_paths(masks))
     found: dict[int, np.ndarray] = {}
@@ -278,6 +292,7 @@ def channels_alive(masks: Masks, groups: ChannelGroups) -> np.ndarray:
         mask = given[path]
         if mask is None:
             continue
+        _check_concrete(path, mask, "the mask")
         mask = np.asarray(jax.device_get(mask))
         if mask.dtype != bool or mask.shape != model.leaves[leaf].shape:
             raise ValueError(
