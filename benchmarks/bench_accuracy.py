@@ -133,7 +133,7 @@ def methods(steps):
         "GraNet, ERK": lambda inner, s, key: jp.granet(
             inner,
             jp.cubic_sparsity(s, end),
-            when=jp.every(50, end=end),
+            when=often,
             key=key,
             regeneration=0.1,
             allocate=jp.allocate_erk,
