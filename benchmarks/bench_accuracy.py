@@ -1,7 +1,7 @@
 """Test accuracy of every method on Fashion-MNIST, against sparsity.
 
-LeNet-300-100, batch 128, 6 epochs, Adam 1e-3 with a cosine to 0, images brought to mean 0 and
-variance 1; the accuracy of the last step, no checkpoint is picked. A process for every core.
+LeNet-300-100, batch 128, 6 epochs, Adam 1e-3 with a cosine to 0, every pixel standardised; the
+accuracy of the last step, no checkpoint is picked. A process for every core.
 ``--tune`` trains on 50,000 images and reads the other 10,000 of the training set, so that recipes
 can be chosen without the test set. ``--cnn`` trains a small convolutional network for 3 epochs
 instead, with three methods.
@@ -28,6 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BATCH, EPOCHS, CNN_EPOCHS = 128, 6, 3
+FLOOR = 0.01  # added to a pixel's variance: those at the border hardly vary
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 WIDTHS = (784, 300, 100, 10)
 
@@ -194,7 +195,7 @@ def _take_core(cores):
 
 @cache
 def images_and_labels(tune):
-    """What is trained on, and what is evaluated; the former has mean 0 and variance 1."""
+    """What is trained on, and what is evaluated, standardised by the former."""
     images, labels = fashion.load("train")
     if tune:
         order = np.random.default_rng(7).permutation(len(images))
@@ -202,9 +203,9 @@ def images_and_labels(tune):
         data, evaluation = (images[used], labels[used]), (images[held], labels[held])
     else:
         data, evaluation = (images, labels), fashion.load("t10k")
-    middle, width = data[0].mean(), data[0].std()
+    middle, width = data[0].mean(0), np.sqrt(data[0].var(0) + FLOOR)
     return [
-        (jnp.asarray((x - middle).reshape(len(x), -1) / width), jnp.asarray(y))
+        (jnp.asarray(((x - middle) / width).reshape(len(x), -1)), jnp.asarray(y))
         for x, y in (data, evaluation)
     ]
 
@@ -223,16 +224,16 @@ def run(name, sparsity, seeds, tune, cnn):
 def main(argv=None):
     options = _timing.parser(__doc__)
     options.add_argument("--tune", action="store_true", help="choose recipes on held-out images")
-    options.add_argument("--only", default="", help="methods whose name contains this")
+    options.add_argument("--only", nargs="+", default=[], help="methods whose name contains one")
     options.add_argument("--cnn", action="store_true", help="the small convolutional network")
     args = options.parse_args(argv)
 
     seeds = (0,) if args.quick else (0, 1, 2)
     sparsities = (0.9, 0.98) if args.quick else SPARSITIES
     sparsities = (0.95, 0.99) if args.cnn else sparsities
-    names = [name for name in methods(100) if args.only in name]
-    if (args.quick or args.cnn) and not args.only:
-        names = list(BRIEF)
+    names = list(BRIEF if args.quick or args.cnn else methods(100))
+    if args.only:
+        names = [name for name in methods(100) if any(part in name for part in args.only)]
     jobs = [("dense", 0.0), *((name, s) for name in names for s in sparsities)]
 
     results, start = defaultdict(dict), time.perf_counter()
