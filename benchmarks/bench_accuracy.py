@@ -97,7 +97,6 @@ MODELS = {"LeNet-300-100": (init, logits), "CNN": (init_cnn, logits_cnn)}
 def methods(steps):
     """Recipes by name, the recommended one first: ``(inner, sparsity, key) -> transform``."""
     early, begin, end = steps // 4, steps // 5, 3 * steps // 4
-    often = jp.every(10, end=end)
     moving = {"drop_fraction": optax.cosine_decay_schedule(0.3, end), "when": jp.every(50, end=end)}
 
     def straight(method, allocate, **options):
@@ -105,9 +104,13 @@ def methods(steps):
             inner, jp.cubic_sparsity(s, early), when=jp.every(1), allocate=allocate, **options
         )
 
-    def gradual(allocate, saliency=jp.magnitude):
+    def gradual(allocate, saliency=jp.magnitude, end=end):
         return lambda inner, s, key: jp.prune_gradually(
-            inner, jp.cubic_sparsity(s, end), when=often, saliency=saliency, allocate=allocate
+            inner,
+            jp.cubic_sparsity(s, end),
+            when=jp.every(10, end=end),
+            saliency=saliency,
+            allocate=allocate,
         )
 
     def never(step):
@@ -126,7 +129,7 @@ def methods(steps):
             allocate=jp.allocate_erk,
         ),
         "gradual magnitude, global": gradual(jp.allocate_global),
-        "gradual magnitude, ERK": gradual(jp.allocate_erk),
+        "gradual magnitude, ERK": gradual(jp.allocate_erk, end=steps // 2),
         "gradual magnitude, LAMP": gradual(jp.allocate_lamp),
         "gradual magnitude, uniform": gradual(jp.allocate_uniform),
         "gradual Taylor, ERK": gradual(jp.allocate_erk, jp.accumulate(jp.taylor, 0.99)),
@@ -134,7 +137,7 @@ def methods(steps):
         "GraNet, ERK": lambda inner, s, key: jp.granet(
             inner,
             jp.cubic_sparsity(s, end),
-            when=often,
+            when=jp.every(10, end=end),
             key=key,
             regeneration=0.1,
             allocate=jp.allocate_erk,
