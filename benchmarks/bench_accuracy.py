@@ -289,12 +289,14 @@ def draw(results, sparsities, path):
     for (name, r), color in zip(list(results.items())[1:], colors, strict=False):
         means = [np.mean([a for a, _ in r[str(s)]]) for s in sparsities]
         axis.plot([1 - s for s in sparsities], means, "o-", ms=4, color=color, label=name)
-    axis.set(xscale="log", xlabel="density", ylabel="test accuracy, %", ylim=(75, 90))
+    axis.set(xscale="log", xlabel="sparsity", ylabel="accuracy, %", ylim=(75, 90.5))
+    axis.set_xticks([1 - s for s in sparsities], [f"{s:.0%}" for s in sparsities])
+    axis.minorticks_off()
     axis.invert_xaxis()
     axis.legend(fontsize=7, frameon=False, ncols=2)
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":
