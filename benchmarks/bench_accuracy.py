@@ -257,8 +257,8 @@ def main(argv=None):
 
     def cell(found):
         accuracy = [a for a, _ in found]
-        spread = np.std(accuracy, ddof=1) if len(accuracy) > 1 else np.nan
-        return f"{np.mean(accuracy):.2f} ± {spread:.2f}"
+        spread = f" ± {np.std(accuracy, ddof=1):.2f}" if len(accuracy) > 1 else ""
+        return f"{np.mean(accuracy):.2f}{spread}"
 
     rows = [["method", *(f"{s:.0%}" for s in sparsities)]]
     rows += [
