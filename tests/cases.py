@@ -17,7 +17,9 @@ OPTIMIZERS = {
     "adamw": lambda: optax.adamw(0.01, weight_decay=0.1),
     "lion": lambda: optax.lion(0.003, weight_decay=0.1),
     "adafactor": lambda: optax.adafactor(0.01, min_dim_size_to_factor=4),
-    "clip_adamw": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01)),
+    "clip_adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.01, 60))
+    ),
     "multisteps": lambda: optax.MultiSteps(
         optax.adamw(0.01), every_k_schedule=2
     ).gradient_transformation(),
@@ -38,6 +40,7 @@ OPTIMIZERS = {
         {"wide": optax.adamw(0.01), "rest": optax.sgd(0.05)},
         lambda params: jax.tree.map(lambda p: "wide" if p.ndim > 1 else "rest", params),
     ),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adamw(0.01), 5),
     "masked": lambda: optax.chain(
         optax.masked(
             optax.add_decayed_weights(0.1), lambda p: jax.tree.map(lambda w: w.ndim > 1, p)

@@ -102,6 +102,17 @@ TRANSFORMS = {
     ),
     "below": lambda: jp.prune_below(optax.adam(1e-2), 0.5, when=jp.every(1)),
     "rigl": lambda: jp.rigl(optax.adam(1e-2), 0.8, drop_fraction=0.3, when=jp.every(1), key=KEY),
+    "evolutionary": lambda: jp.sparse_evolutionary(
+        optax.adam(1e-2), 0.8, drop_fraction=0.3, when=jp.every(1), key=KEY
+    ),
+    "movement": lambda: jp.prune_gradually(
+        optax.adam(1e-2), 0.8, when=jp.every(1), saliency=jp.movement
+    ),
+    "ac_dc": lambda: jp.ac_dc(optax.adam(1e-2), 0.8, begin=0, period=1, end=4),
+    "granet": lambda: jp.granet(optax.adam(1e-2), 0.8, when=jp.every(1), key=KEY),
+    "straight_through": lambda: jp.train_straight_through(optax.adam(1e-2), 0.8, when=jp.every(1)),
+    "sr_ste": lambda: jp.sr_ste(optax.adam(1e-2), 0.8, when=jp.every(1)),
+    "top_kast": lambda: jp.top_kast(optax.adam(1e-2), 0.8, when=jp.every(1)),
 }
 
 
@@ -125,6 +136,9 @@ def test_training_keeps_shardings_and_sends_little(method, kind):
         same_sharding(new, params)
         if not method.endswith("packed"):
             same_sharding(jp.get_masks(state, params), params)
+        for copy in (*state.memories, *state.dense):
+            if copy:
+                same_sharding(copy, params)
     leaf = 64 * 48
     for name, size in collectives(compiled.as_text()):
         assert size < leaf, (name, size)
