@@ -99,6 +99,21 @@ def test_top_of_all_leaves_together(kind, floors):
         assert [int(k) for k in alone] == [int(k) for k in counts]
 
 
+@given(st.integers(0, 999), st.sampled_from([(1,) * 6, (3, 1, 2, 5, 1, 1)]))
+def test_stacked_leaves_are_as_leaves_alone(seed, costs):
+    shapes, kinds = [(4, 5), (3, 7)] * 2 + [(4, 5)] * 2, ("a", "b", "a", "b", "c", "a")
+    leaves = [scores(s, jnp.float32, "ties", seed + i) for i, s in enumerate(shapes)]
+    rng = np.random.default_rng(seed)
+    keep = [int(rng.integers(0, leaf.size + 1)) for leaf in leaves]
+    alone, together = _topk.top(leaves, keep), _topk.top(leaves, keep, kinds=kinds)
+    jax.tree.map(np.testing.assert_array_equal, together, alone)
+    floors = (1, 0, 2, 0, 3, 1)
+    least = sum(cost * floor for cost, floor in zip(costs, floors, strict=True))
+    budget = _exact.constant(int(rng.integers(least, 250)))
+    search = partial(_topk.top_shared, leaves, budget, costs=costs, floors=floors)
+    jax.tree.map(np.testing.assert_array_equal, search(kinds=kinds), search())
+
+
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)])
 def test_top_of_every_slice(axes):
     leaf = scores((5, 32, 8), jnp.float32, "ties", 1)
