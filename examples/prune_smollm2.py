@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 import smollm2
+import texts
 from tqdm import tqdm
 
 import jaxprune as jp
@@ -35,7 +36,7 @@ def main():
     args = parser.parse_args()
 
     params, tokenizer = smollm2.load()
-    first, last = smollm2.news()
+    first, last = texts.news()
     calibration = smollm2.windows(tokenizer, first, count=64).reshape(16, 4, 512)
     evaluation = smollm2.windows(tokenizer, last)
     if args.small:

@@ -90,7 +90,11 @@ def _solve(rows, gram, keep, damping, *, n_m, block):
         factor, healthy = inverse_factor(damped)
         columns = jnp.where(alive[:, None], rows.T, 0.0)
         columns = jnp.pad(columns, [(0, short), (0, 0)])
-        factor = jnp.pad(factor, [(0, short), (0, short)]).at[n:, n:].set(jnp.eye(short, dtype=gram.dtype))
+        factor = (
+            jnp.pad(factor, [(0, short), (0, short)])
+            .at[n:, n:]
+            .set(jnp.eye(short, dtype=gram.dtype))
+        )
         solved, mask = _sweep(columns, factor, keep, n, n_m, block)
         return solved[:n].T, mask[:n].T, healthy
 
