@@ -95,13 +95,16 @@ class Walk:
         call = self.jitted(key, lambda: jax.jit(segment))
         fixed = {slot: self.shared(slot) for slot in ins if slot.shared}
         results: list[list[Any]] = [[] for _ in outs]
+        gone = [slot for slot in self.held if slot not in later]
         for batch in range(self.count):
             values = [fixed[s] if s.shared else self.values(s, batch) for s in ins]
+            for slot in gone:
+                self.held[slot][batch] = None
             for result, value in zip(results, call(*values), strict=True):
                 result.append(self.store.put(value))
-        self.held.update(zip(outs, results, strict=True))
-        for slot in [slot for slot in self.held if slot not in later]:
+        for slot in gone:
             del self.held[slot]
+        self.held.update(zip(outs, results, strict=True))
 
 
 def grams_at(

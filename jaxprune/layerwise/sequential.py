@@ -37,7 +37,7 @@ class LayerLog(NamedTuple):
     error: float
 
 
-_IMITATION_DAMPING = 0.01
+_IMITATION_DAMPING = 0.03
 
 Progress = Callable[[LayerLog], Any]
 
@@ -75,7 +75,9 @@ def prune_layerwise(
       prunable: which leaves are governed.
       progress: called with a layer's ``path``, ``sparsity`` and relative ``error`` once it is done.
       dense_targets: imitate the outputs that the layer has in the dense model, not those that the
-        dense weights would give for the inputs that arrive. A second, dense walk goes along.
+        dense weights would give for the inputs that arrive; where outputs are added to a value
+        that is there already (a residual stream), the sum. So later layers make up for earlier
+        ones. A second, dense walk goes along.
       activation_dtype: hold floating calibration activations in this type between layers.
       on_host: hold them in host memory.
 
@@ -234,12 +236,20 @@ def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) 
     grams: dict[Any, jax.Array] = {}
 
     def flush(at):
+        """Run what the operation at ``at`` waits for; the rest stays pending."""
+        wanted = set(reads(ops[at]))
+        now: list[Op] = []
+        rest: list[Op] = []
+        for op in reversed(pending):
+            due = any(slot in wanted for slot in op.outs)
+            wanted.update(op.ins if due else ())
+            (now if due else rest).append(op)
+        pending[:] = rest[::-1]
         later = {slot for slot, when in last.items() if when >= at}
-        if pending:
-            walk.run(pending, later)
-            if twin is not None:
-                twin.run(pending, later)
-            pending.clear()
+        later.update(slot for op in pending for slot in op.ins)
+        for side in (walk, twin):
+            if side is not None and now:
+                side.run(now[::-1], later)
         for key in [key for key in grams if not key[0] <= later]:
             del grams[key]
 
@@ -251,8 +261,10 @@ def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) 
                     done.add((leaf, index))
                     if leaf in early:
                         matrix = _part(early[leaf].matrix, index)
-                    known = targets is not None and leaf not in early
-                    prune(leaf, index, matrix, targets.at(op, grams) if known else None)
+                    target = None
+                    if targets is not None and leaf not in early:
+                        target = targets.at(op, grams)
+                    prune(leaf, index, matrix, target)
         if not all(slot.shared for slot in op.outs):
             pending.append(op)
 
