@@ -54,7 +54,7 @@ def minilm(calibration, held_out, windows):
     batches = model.batches(tokenizer, model.sentences(calibration)[:1024])
     evaluation = model.batches(tokenizer, model.sentences(held_out)[:1024])[:windows]
     quality = partial(model.cosine, dense=params, batches=evaluation)
-    return Case(model.apply, params, batches, "layers/.*/weight", quality, "cosine")
+    return Case(model.apply, params, batches, model.KERNELS, quality, "cosine")
 
 
 MODELS = {"smollm2": smollm2, "minilm": minilm}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 HEADS, LAYERS, EPS = 12, 6, 1e-12
+KERNELS = "(query|key|value|out|up|down)/weight"  # for jp.matching
 
 
 def load():
