@@ -146,6 +146,22 @@ def test_convolutions_and_functions_in_between(groups):
     assert [layer.path for layer in log] == ["conv", "out"]
 
 
+@pytest.mark.parametrize("dense_targets", [False, True])
+def test_a_branch_is_pruned_as_what_it_runs(model, dense_targets):
+    params, batches = model
+
+    def branching(p, x):
+        a = p["a"]["kernel"]
+        h = lax.cond(x[0, 0] < 99, lambda w: jnp.tanh(x @ w), lambda w: 0 * (x @ w), a)
+        return jax.checkpoint(lambda x: jnp.tanh(x @ p["b"]["kernel"]))(x + h) @ p["c"]["kernel"]
+
+    options = {"sparsity": 0.5, "dense_targets": dense_targets}
+    new, _, _ = jp.prune_layerwise(branching, params, batches, **options)
+    want, _, _ = jp.prune_layerwise(network, params, batches, **options)
+    for name in "abc":
+        np.testing.assert_allclose(new[name]["kernel"], want[name]["kernel"], rtol=1e-3, atol=1e-3)
+
+
 def residual(p, x):
     for layer in p:
         x = x + jnp.tanh(x @ layer["a"]) @ layer["b"]
