@@ -83,7 +83,7 @@ class Targets:
     def _missing(self, op: Op, side: int) -> jax.Array | None:
         weight, given = op.operands[side], op.operands[1 - side]
         added, way = self.sums.get(op.outs[0]), _moved_from_leaf(weight)
-        if added is None or way is None:
+        if added is None or way is None or not isinstance(given, Slot) or given.shared:
             return None
         (other, after), (base, before) = added, way
         dtype = _walk.wide_dtype(weight.aval.dtype)
@@ -109,9 +109,8 @@ class Targets:
         call = self.walk.jitted(key, lambda: jax.jit(add, donate_argnums=0))
         total = jnp.zeros(shape.shape, dtype)
         for batch in range(self.walk.count):
-            x = self.walk.values(given, batch) if isinstance(given, Slot) else given.val
             gap = (side.values(other, batch) for side in (self.walk, self.dense))
-            total = call(total, x, *gap)
+            total = call(total, self.walk.values(given, batch), *gap)
 
         def forth(w):
             for move in before:
