@@ -105,7 +105,7 @@ class Targets:
             return total + part
 
         avals = tuple(str(x.aval) for x in (*op.operands, other))
-        key = ("missing", op.key, tuple(move.key for move in after), avals)
+        key = ("missing", side, op.key, tuple(move.key for move in after), avals)
         call = self.walk.jitted(key, lambda: jax.jit(add, donate_argnums=0))
         total = jnp.zeros(shape.shape, dtype)
         for batch in range(self.walk.count):
