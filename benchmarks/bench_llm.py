@@ -1,63 +1,122 @@
-"""One-shot pruning of SmolLM2-135M: perplexity, time and peak memory of every method.
+"""One-shot pruning of pretrained models: quality, time and peak memory of every method.
 
-    python benchmarks/bench_llm.py --methods sparsegpt,wanda --targets 0.5,2:4
+    python benchmarks/bench_llm.py --methods wanda,sparsegpt --targets 0.5,2:4
+    python benchmarks/bench_llm.py --text fiction --windows 24
+    python benchmarks/bench_llm.py --model minilm
 
-Calibration: 64 x 512 tokens of the first 150 news articles; evaluation: 74 x 512 of the last 150.
-The weights are dequantised 4-bit. One process per method, so that peak memory is the method's own.
+``smollm2`` is SmolLM2-135M, dequantised from 4 bits: perplexity, calibrated on 64 x 512 tokens of
+half of a text's documents, evaluated on those of the other half. ``minilm`` is the sentence encoder
+MiniLM-L6: mean cosine of pruned to dense embeddings, over sentences of the same halves. One process
+per method, so that peak memory is the method's own.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "alps+dense")  # +dense: dense_targets=True
+# LAPACK's threads and XLA's are in each other's way on few cores: eigh takes three times as long.
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps", "alps+dense")
 
 
-def method_of(name, jp):
-    return {
-        "magnitude": jp.by_saliency(jp.magnitude, per_output=False),
-        "wanda": jp.by_saliency(jp.wanda),
-        "sparsegpt": jp.sparsegpt,
-        "alps": jp.alps,
-    }[name.removesuffix("+dense")]
+class Case(NamedTuple):
+    """A model with its calibration batches and how good a pruned one is."""
+
+    apply: Any
+    params: Any
+    batches: list[Any]
+    weights: str  # pattern of the paths of what is pruned
+    quality: Any
+    unit: str
 
 
-def run(name, target, texts):
-    import smollm2
+def smollm2(calibration, held_out, windows):
+    import smollm2 as model
+
+    params, tokenizer = model.load()
+    batches = model.windows(tokenizer, calibration, count=64)
+    evaluation = model.windows(tokenizer, held_out, count=windows)
+    quality = partial(model.perplexity, windows=evaluation)
+    batches = list(batches[: len(batches) // 4 * 4].reshape(-1, 4, 512))
+    return Case(model.apply, params, batches, "kernel", quality, "perplexity")
+
+
+def minilm(calibration, held_out, windows):
+    import minilm as model
+
+    params, tokenizer = model.load()
+    batches = model.batches(tokenizer, model.sentences(calibration)[:1024])
+    evaluation = model.batches(tokenizer, model.sentences(held_out)[:1024])[:windows]
+    quality = partial(model.cosine, dense=params, batches=evaluation)
+    return Case(model.apply, params, batches, model.KERNELS, quality, "cosine")
+
+
+MODELS = {"smollm2": smollm2, "minilm": minilm}
+
+
+def prune(case, name, target):
+    """The case's parameters, pruned, with their masks and the log of the layers."""
+    import jax
 
     import jaxprune as jp
 
-    params, tokenizer = smollm2.load()
-    calibration, _ = texts(smollm2)
-    batches = smollm2.windows(tokenizer, calibration, count=64).reshape(16, 4, 512)
     pattern = {"n_m": tuple(map(int, target.split(":")))} if ":" in target else {}
-    begin = time.perf_counter()
-    new, masks, log = jp.prune_layerwise(
-        smollm2.apply,
-        params,
-        list(batches),
+    governed = jp.select(case.params, jp.matching(case.weights))
+    if name == "dense":
+        return case.params, jax.tree.map(lambda w: w == w, governed), []
+    if name == "magnitude":  # looks at no data
+        scores = jp.magnitude(governed)
+        if pattern:
+            axes = jp.fan_in_axes(case.apply, case.params, *as_args(case.batches[0]))
+            masks = jp.mask_n_m(scores, *pattern["n_m"], axis=axes)
+        else:
+            masks = jp.mask_topk(scores, jp.allocate_uniform(scores, float(target)))
+        return jp.apply_masks(case.params, masks), masks, []
+    methods = {"wanda": jp.by_saliency(jp.wanda), "sparsegpt": jp.sparsegpt, "alps": jp.alps}
+    return jp.prune_layerwise(
+        case.apply,
+        case.params,
+        case.batches,
         None if pattern else float(target),
         **pattern,
-        method=method_of(name, jp),
-        prunable=jp.matching("kernel"),
+        method=methods[name.removesuffix("+dense")],
+        prunable=jp.matching(case.weights),
         dense_targets=name.endswith("+dense"),
         progress=lambda layer: print(
             f"{layer.path:32} {layer.sparsity:.4f} {layer.error:.5f}", file=sys.stderr, flush=True
         ),
     )
+
+
+def as_args(batch):
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def run(name, target, model, text, windows):
+    import texts
+
+    import jaxprune as jp
+
+    case = MODELS[model](*texts.TEXTS[text](), windows)
+    begin = time.perf_counter()
+    new, masks, log = prune(case, name, target)
     seconds = time.perf_counter() - begin
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    _, held_out = texts(smollm2)
     return {
+        "model": model,
+        "text": text,
         "method": name,
         "target": target,
-        "perplexity": smollm2.perplexity(new, smollm2.windows(tokenizer, held_out)),
+        case.unit: case.quality(new),
         "density": float(jp.density(masks)),
         "seconds": seconds,
         "peak_gib": memory,
@@ -66,25 +125,35 @@ def run(name, target, texts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--text", choices=("news", "fiction", "encyclopedia"), default="news")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--targets", default="0.5,0.6,2:4")
+    parser.add_argument(
+        "--windows", type=int, help="windows or batches to evaluate on; default all"
+    )
     parser.add_argument("--out", help="append results to this file, one JSON object a line")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run(*args.one, texts=lambda smollm2: smollm2.news())))
+        print(json.dumps(run(*args.one, args.model, args.text, args.windows)))
         return
-    print("| target | method | perplexity | seconds | peak GiB |")
-    print("|---|---|---|---|---|")
+    print("| text | target | method | quality | seconds | peak GiB |")
+    print("|---|---|---|---|---|---|")
+    shared = ["--model", args.model, "--text", args.text]
+    shared += ["--windows", str(args.windows)] if args.windows else []
     for target in args.targets.split(","):
         for name in args.methods.split(","):
-            command = [sys.executable, __file__, "--one", name, target]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            command = [sys.executable, __file__, *shared, "--one", name, target]
+            out = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            ).stdout
             row = json.loads(out.splitlines()[-1])
+            unit = "perplexity" if "perplexity" in row else "cosine"
             print(
-                f"| {target} | {name} | {row['perplexity']:.2f} | {row['seconds']:.0f} | "
-                f"{row['peak_gib']:.2f} |",
+                f"| {args.text} | {target} | {name} | {unit} {row[unit]:.4g} | "
+                f"{row['seconds']:.0f} | {row['peak_gib']:.2f} |",
                 flush=True,
             )
             if args.out:

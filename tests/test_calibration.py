@@ -35,6 +35,11 @@ WEIGHTS = {  # a leaf "w", how it is read, its fan-in axes
     "scaled": (normal(8, 5), lambda w, x: x @ (w * jnp.full((8, 5), 0.5) / 2.0), (0,)),
     "masked": (normal(8, 5), lambda w, x: x @ jnp.where(jnp.eye(8, 5) > 0, w, 0.0), (0,)),
     "columns": (normal(8, 5), lambda w, x: (x @ w[:, :2]).sum() + (0 * x @ w[:, 2:]).sum(), (0,)),
+    "broadcast": (
+        normal(8, 5),
+        lambda w, x: jnp.matmul(x[:, None], jnp.broadcast_to(w[None], (6, 8, 5))),
+        (0,),
+    ),
     "jit": (normal(8, 5), lambda w, x: jax.jit(lambda w: x @ w)(w), (0,)),
     "remat": (normal(8, 5), lambda w, x: jax.checkpoint(lambda w: x @ w)(w), (0,)),
     "cond": (

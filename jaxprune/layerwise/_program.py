@@ -230,10 +230,9 @@ def _key(value: Any) -> Any:
     """A hashable stand-in that is equal for parameters that mean the same."""
     if isinstance(value, core.Literal):
         return ("literal", _key(np.asarray(value.val)), str(value.aval))
-    if isinstance(value, core.ClosedJaxpr):
-        return (_key(value.jaxpr), tuple(id(const) for const in value.consts))
-    if isinstance(value, core.Jaxpr):
-        return _key_of_jaxpr(value)
+    if isinstance(value, core.ClosedJaxpr | core.Jaxpr):  # one class since JAX 0.12
+        consts = getattr(value, "consts", ())
+        return (_key_of_jaxpr(value), tuple(id(const) for const in consts))
     if isinstance(value, dict):
         return tuple((name, _key(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple):
@@ -247,7 +246,8 @@ def _key(value: Any) -> Any:
     return value
 
 
-def _key_of_jaxpr(jaxpr: core.Jaxpr) -> Any:
+def _key_of_jaxpr(jaxpr: Any) -> Any:
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     numbers: dict[Any, int] = {}
 
     def name(atom):

@@ -95,13 +95,16 @@ class Walk:
         call = self.jitted(key, lambda: jax.jit(segment))
         fixed = {slot: self.shared(slot) for slot in ins if slot.shared}
         results: list[list[Any]] = [[] for _ in outs]
+        gone = [slot for slot in self.held if slot not in later]
         for batch in range(self.count):
             values = [fixed[s] if s.shared else self.values(s, batch) for s in ins]
+            for slot in gone:
+                self.held[slot][batch] = None
             for result, value in zip(results, call(*values), strict=True):
                 result.append(self.store.put(value))
-        self.held.update(zip(outs, results, strict=True))
-        for slot in [slot for slot in self.held if slot not in later]:
+        for slot in gone:
             del self.held[slot]
+        self.held.update(zip(outs, results, strict=True))
 
 
 def grams_at(
@@ -157,41 +160,3 @@ def _sum_grams(walk: Walk, op: Op, trails, key, uses) -> list[jax.Array]:
     for batch in batches:
         totals = call(totals, *(walk.values(slot, batch) for slot in slots))
     return totals
-
-
-def cross_at(walk: Walk, dense: Walk, op: Op, cache: dict[Any, Any]) -> jax.Array:
-    """``X^T X_dense`` at a matmul: what arrives against what arrives in the dense model."""
-    trails = [getattr(x, "trail", None) for x in op.operands]
-    inputs = frozenset(x for x in op.operands if isinstance(x, Slot) and x.trail is None)
-    kinds = tuple(t and (t.shape, t.dims, tuple(a for a, _ in t.taken)) for t in trails)
-    key = (inputs, "cross", op.key, kinds, tuple(str(x.aval) for x in op.operands))
-    if key in cache:
-        return cache[key]
-
-    inner = [t and t._replace(taken=tuple((a, 0) for a, _ in t.taken)) for t in trails]
-
-    def meet(values):
-        left = iter(values)
-        operands = [next(left) if isinstance(x, Slot) else x.val for x in op.operands]
-        (meeting,) = _walk.meetings(op.eqn, operands, inner)
-        return meeting.x
-
-    def cross(values, dense_values):
-        x, y = meet(values), meet(dense_values)
-        return jnp.einsum("...ri,...rj->...ij", x, y, precision=jax.lax.Precision.HIGHEST)
-
-    def add(total, values, dense_values):
-        return total + cross(values, dense_values)
-
-    call = walk.jitted(key[1:], lambda: jax.jit(add, donate_argnums=0))
-    slots = [x for x in op.operands if isinstance(x, Slot)]
-    batches = range(1 if all(slot.shared for slot in slots) else walk.count)
-    total: Any = None
-    for batch in batches:
-        pair = [[side.values(slot, batch) for slot in slots] for side in (walk, dense)]
-        if total is None:
-            shape = jax.eval_shape(cross, *pair)
-            total = jnp.zeros(shape.shape, shape.dtype)
-        total = call(total, *pair)
-    cache[key] = total
-    return total

@@ -15,6 +15,7 @@ from jaxprune.layerwise._refit import refit
 from jaxprune.structures.n_m import mask_n_m
 
 _PATIENCE = 3  # iterations between two looks at how the support moves
+_REST = 1e-4  # changed fraction of the support below which it is at rest
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # changed fraction of the support, penalty factor
 
 
@@ -113,11 +114,11 @@ def _admm(dense, gram, values, vectors, project, keep, penalty, iterations):
 
     def body(state):
         step, sparse, dual, mask, rho, _ = state
+        inverse = _times(vectors / (values + rho)[None, :], vectors.T)
 
         def turn(_, state):
             sparse, dual, mask = state
-            right = _times(target - dual + rho * sparse, vectors)
-            w = _times(right / (values + rho)[None, :], vectors.T)
+            w = _times(target - dual + rho * sparse, inverse)
             shifted = w + dual / rho
             mask = project(shifted)
             sparse = jnp.where(mask, shifted, 0)
@@ -128,7 +129,7 @@ def _admm(dense, gram, values, vectors, project, keep, penalty, iterations):
         conditions = [changed >= share * kept for share, _ in _GROWTH]
         factors = [jnp.asarray(factor, gram.dtype) for _, factor in _GROWTH]
         rho = rho * jnp.select(conditions, factors)
-        return step + _PATIENCE, sparse, dual, now, rho, changed > 0
+        return step + _PATIENCE, sparse, dual, now, rho, changed > _REST * kept
 
     mask = project(dense)
     sparse = jnp.where(mask, dense, 0)

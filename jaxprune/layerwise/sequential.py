@@ -11,7 +11,6 @@ from jax import lax
 
 from jaxprune import _jaxpr, _tree
 from jaxprune._typing import Layerwise, Masks, Params, Prunable
-from jaxprune._walk import MATMULS
 from jaxprune.calibration import (
     Gram,
     as_args,
@@ -22,7 +21,8 @@ from jaxprune.calibration import (
 )
 from jaxprune.layerwise import _driver
 from jaxprune.layerwise._program import Op, Program, Slot, build
-from jaxprune.layerwise._values import Store, Walk, cross_at, grams_at
+from jaxprune.layerwise._targets import Target, Targets, sums_after
+from jaxprune.layerwise._values import Store, Walk, grams_at
 from jaxprune.layerwise.sparsegpt import sparsegpt
 
 
@@ -37,7 +37,7 @@ class LayerLog(NamedTuple):
     error: float
 
 
-_IMITATION_DAMPING = 0.01
+_IMITATION_DAMPING = 0.03
 
 Progress = Callable[[LayerLog], Any]
 
@@ -75,7 +75,9 @@ def prune_layerwise(
       prunable: which leaves are governed.
       progress: called with a layer's ``path``, ``sparsity`` and relative ``error`` once it is done.
       dense_targets: imitate the outputs that the layer has in the dense model, not those that the
-        dense weights would give for the inputs that arrive. A second, dense walk goes along.
+        dense weights would give for the inputs that arrive; where outputs are added to a value
+        that is there already (a residual stream), the sum. So later layers make up for earlier
+        ones. A second, dense walk goes along.
       activation_dtype: hold floating calibration activations in this type between layers.
       on_host: hold them in host memory.
 
@@ -161,7 +163,7 @@ class _Pruner:
         self.log: list[LayerLog] = []
 
     def __call__(
-        self, leaf: int, index: tuple[Any, ...], matrix: jax.Array, cross: jax.Array | None
+        self, leaf: int, index: tuple[Any, ...], matrix: jax.Array, target: Target | None
     ) -> None:
         """Prune the part of a leaf at ``index`` (of its stack) with the part's Gram."""
         use, whole = self.uses[leaf], self.leaves[leaf]
@@ -170,8 +172,8 @@ class _Pruner:
         sizes = tuple(1 if a in taken else n for a, n in enumerate(whole.shape))
         old = _block(whole, starts, sizes) if taken else whole
         gram = Gram(matrix, use.axes, use.stack)
-        if cross is not None:
-            old = _imitating(old, gram, cross)
+        if target is not None:
+            old = _imitating(old, gram, target)
         position = "".join(f"[{taken[a]}]" for a in sorted(taken))
         path = self.paths[leaf] + position
         options = {} if self.n_m is None else {"n_m": self.n_m}
@@ -200,36 +202,54 @@ def _replace(x, part, starts):
 
 
 @jax.jit
-def _imitating(leaf: jax.Array, gram: Gram, cross: jax.Array) -> jax.Array:
+def _imitating(leaf: jax.Array, gram: Gram, target: Target) -> jax.Array:
     """The dense weights that best turn what arrives into the outputs of the dense model."""
 
-    def one(rows, matrix, cross):
+    def one(rows, matrix, cross, missing):
         damped, _ = _driver.regularize(matrix, _IMITATION_DAMPING)
-        missing = jnp.matmul(rows, (cross - matrix).T, precision=lax.Precision.HIGHEST)
+        missing += jnp.matmul(rows, (cross - matrix).T, precision=lax.Precision.HIGHEST)
         factor = jax.scipy.linalg.cho_factor(damped)
         return rows + jax.scipy.linalg.cho_solve(factor, missing.T).T
 
     matrix = _driver.matrices(gram)
     rows = _driver.as_groups(leaf, gram)
-    rows = _driver.over_groups(one, rows, matrix, cross.reshape(matrix.shape))
+    missing = jnp.zeros_like(rows)
+    if target.missing is not None:
+        missing = _driver.as_groups(target.missing.reshape(leaf.shape), gram)
+    rows = _driver.over_groups(one, rows, matrix, target.cross.reshape(matrix.shape), missing)
     return _driver.back(rows, leaf, gram).astype(leaf.dtype)
 
 
 def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) -> None:
     """Run the program up to the last governed matmul, pruning on the way."""
-    ops = _needed(walk.program)
-    last = {slot: at for at, op in enumerate(ops) for slot in op.ins}
+    sums = {} if twin is None else sums_after(walk.program)
+    targets = None if twin is None else Targets(walk, twin, sums)
+
+    def reads(op):
+        added = [sums[slot].other for slot in op.outs if slot in sums]
+        return (*op.ins, *added)
+
+    ops = _needed(walk.program, reads)
+    last = {slot: at for at, op in enumerate(ops) for slot in reads(op)}
     pending: list[Op] = []
     done: set[tuple[int, tuple[Any, ...]]] = set()
     grams: dict[Any, jax.Array] = {}
 
     def flush(at):
+        """Run what the operation at ``at`` waits for; the rest stays pending."""
+        wanted = set(reads(ops[at]))
+        now: list[Op] = []
+        rest: list[Op] = []
+        for op in reversed(pending):
+            due = any(slot in wanted for slot in op.outs)
+            wanted.update(op.ins if due else ())
+            (now if due else rest).append(op)
+        pending[:] = rest[::-1]
         later = {slot for slot, when in last.items() if when >= at}
-        if pending:
-            walk.run(pending, later)
-            if twin is not None:
-                twin.run(pending, later)
-            pending.clear()
+        later.update(slot for op in pending for slot in op.ins)
+        for side in (walk, twin):
+            if side is not None and now:
+                side.run(now[::-1], later)
         for key in [key for key in grams if not key[0] <= later]:
             del grams[key]
 
@@ -241,22 +261,22 @@ def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) 
                     done.add((leaf, index))
                     if leaf in early:
                         matrix = _part(early[leaf].matrix, index)
-                    cross = None
-                    if twin is not None and leaf not in early and op.eqn.primitive.name in MATMULS:
-                        cross = cross_at(walk, twin, op, grams)
-                    prune(leaf, index, matrix, cross)
+                    target = None
+                    if targets is not None and leaf not in early:
+                        target = targets.at(op, grams)
+                    prune(leaf, index, matrix, target)
         if not all(slot.shared for slot in op.outs):
             pending.append(op)
 
 
-def _needed(program: Program) -> list[Op]:
+def _needed(program: Program, reads: Callable[[Op], tuple[Slot, ...]]) -> list[Op]:
     """The operations that governed matmuls depend on, and those matmuls, in order."""
     wanted: set[Slot] = set()
     kept = []
     for op in reversed(program.ops):
         if op.leaves or any(slot in wanted for slot in op.outs):
             kept.append(op)
-            wanted.update(op.ins)
+            wanted.update(reads(op))
     return kept[::-1]
 
 

@@ -13,6 +13,8 @@ from jaxprune.allocation import allocate_uniform
 from jaxprune.layerwise import _driver
 from jaxprune.structures.n_m import mask_n_m
 
+_STRIP = 16  # columns
+
 
 def sparsegpt(
     params: Params,
@@ -116,51 +118,81 @@ def inverse_factor(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _sweep(columns, factor, keep, n, n_m, block):
-    """All blocks from left to right; weights are (fan-in, outputs), so a column is contiguous."""
+    """All blocks from left to right; weights are (fan-in, outputs), so a column is contiguous.
+
+    A column's error reaches the rest of its strip at once, the rest of the block after the strip,
+    and later blocks after the block.
+    """
     total, outputs = columns.shape
-    group = block if n_m is None else n_m[1]
+    strip = _strip(block, 1 if n_m is None else n_m[1])
+    group = strip if n_m is None else n_m[1]
     real = jnp.arange(total) < n
 
-    def choose(weights, diagonal, at, keep):
-        scores = jnp.square(weights / diagonal[:, None])
-        if n_m is not None:
-            return mask_n_m(scores, *n_m, axis=0)
-        here = lax.dynamic_slice(real, (at,), (group,))
-        scores = jnp.where(here[:, None], scores, -1.0)
-        return _topk.top([scores], [keep])[0]
+    def scores_of(weights, diagonal):
+        return jnp.square(weights / diagonal[:, None])
 
     def do_block(b, state):
         columns, mask = state
         at = b * block
         square = lax.dynamic_slice(factor, (at, at), (block, block))
         weights = lax.dynamic_slice(columns, (at, 0), (block, outputs))
+        kept = jnp.zeros(weights.shape, bool)
+        if n_m is None:
+            here = lax.dynamic_slice(real, (at,), (block,))
+            scores = jnp.where(here[:, None], scores_of(weights, jnp.diagonal(square)), -1.0)
+            kept = _topk.top([scores], [keep[b]])[0]
 
-        def do_group(g, state):
+        def do_strip(s, state):
             weights, kept, errors = state
-            inside = g * group
-            part = lax.dynamic_slice(weights, (inside, 0), (group, outputs))
-            diagonal = lax.dynamic_slice(jnp.diagonal(square), (inside,), (group,))
-            chosen = choose(part, diagonal, at + inside, keep[b])
-            kept = lax.dynamic_update_slice(kept, chosen, (inside, 0))
+            start = s * strip
+            corner = lax.dynamic_slice(square, (start, start), (strip, strip))
+            part = lax.dynamic_slice(weights, (start, 0), (strip, outputs))
+            chosen = lax.dynamic_slice(kept, (start, 0), (strip, outputs))
 
-            def do_column(j, state):
-                weights, errors = state
-                i = inside + j
-                error = jnp.where(chosen[j], 0.0, weights[i] / square[i, i])
-                weights = weights - square[i][:, None] * error[None, :]
-                return weights, errors.at[i].set(error)
+            def do_group(g, state):
+                part, chosen, wrong = state
+                first = g * group
+                if n_m is not None:
+                    now = lax.dynamic_slice(part, (first, 0), (group, outputs))
+                    diagonal = lax.dynamic_slice(jnp.diagonal(corner), (first,), (group,))
+                    best = mask_n_m(scores_of(now, diagonal), *n_m, axis=0)
+                    chosen = lax.dynamic_update_slice(chosen, best, (first, 0))
 
-            weights, errors = lax.fori_loop(0, group, do_column, (weights, errors))
-            return weights, kept, errors
+                def do_column(j, state):
+                    part, wrong = state
+                    i = first + j
+                    error = jnp.where(chosen[i], 0.0, part[i] / corner[i, i])
+                    return part - corner[i][:, None] * error[None, :], wrong.at[i].set(error)
 
-        start = (weights, jnp.zeros(weights.shape, bool), jnp.zeros_like(weights))
-        weights, kept, errors = lax.fori_loop(0, block // group, do_group, start)
-        weights = jnp.where(kept, weights, 0.0)
-        later = lax.dynamic_slice(factor, (at, 0), (block, total))
-        later = jnp.where(jnp.arange(total) >= at + block, later, 0.0)
-        columns = columns - jnp.matmul(later.T, errors, precision=lax.Precision.HIGHEST)
-        columns = lax.dynamic_update_slice(columns, weights, (at, 0))
+                part, wrong = lax.fori_loop(0, group, do_column, (part, wrong))
+                return part, chosen, wrong
+
+            begin = (part, chosen, jnp.zeros_like(part))
+            part, chosen, wrong = lax.fori_loop(0, strip // group, do_group, begin)
+            weights = lax.dynamic_update_slice(
+                _corrected(weights, square, start, strip, wrong), part, (start, 0)
+            )
+            kept = lax.dynamic_update_slice(kept, chosen, (start, 0))
+            return weights, kept, lax.dynamic_update_slice(errors, wrong, (start, 0))
+
+        begin = (weights, kept, jnp.zeros_like(weights))
+        weights, kept, errors = lax.fori_loop(0, block // strip, do_strip, begin)
+        columns = _corrected(columns, factor, at, block, errors)
+        columns = lax.dynamic_update_slice(columns, jnp.where(kept, weights, 0.0), (at, 0))
         return columns, lax.dynamic_update_slice(mask, kept, (at, 0))
 
     state = (columns, jnp.zeros(columns.shape, bool))
     return lax.fori_loop(0, total // block, do_block, state)
+
+
+def _corrected(columns, factor, at, size, errors):
+    """Columns after those at ``at``, corrected for the errors made in these."""
+    later = lax.dynamic_slice(factor, (at, 0), (size, factor.shape[1]))
+    later = jnp.where(jnp.arange(factor.shape[1]) >= at + size, later, 0.0)
+    return columns - jnp.matmul(later.T, errors, precision=lax.Precision.HIGHEST)
+
+
+def _strip(block: int, group: int) -> int:
+    """The widest part of a block, in whole groups, that stays narrow."""
+    widths = [w for w in range(group, max(_STRIP, group) + 1, group) if block % w == 0]
+    return widths[-1]
