@@ -21,10 +21,10 @@ from jaxprune._typing import PyTree
 _EXACT = 1 << 24  # whole numbers up to here are floats
 _DIGIT = 256
 _STACKED = 1 << 17  # copying a larger leaf costs more than the code that it saves
-_STRIPS_FROM = 1 << 22  # in leaves as large a pass takes longer than adding lines first
+_STRIPS_FROM = 1 << 18  # in leaves as large a pass takes longer than adding lines first
 _STRIPS = 8  # lines added as bytes
 _LINE = 512  # entries of the last axis that make a line
-_LONG = 1024  # an axis with as many lines is cut into fewer shards, strips and all
+_LONG = 512  # an axis with as many lines is cut into fewer shards, strips and all
 
 
 class Cut(NamedTuple):
