@@ -38,7 +38,7 @@ def fold(
         inner = [a for a in axes if a != x.ndim - 1 and x.shape[a] > 1]
         if inner:
             axis, minor = max(inner, key=lambda a: x.shape[a]), 1
-        elif x.ndim - 1 in axes and x.shape[-1] % (_LINE * _PARTS) == 0:
+        elif x.ndim - 1 in axes and x.shape[-1] > _LINE and x.shape[-1] % _LINE == 0:
             axis, minor = x.ndim - 1, _LINE
         else:
             return x

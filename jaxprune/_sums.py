@@ -1,12 +1,13 @@
 """Sums that do not depend on the order of summation."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _tree
+from jaxprune import _loops, _tree
 
 _WANTED_BITS = {jnp.dtype(jnp.float32): 36, jnp.dtype(jnp.float64): 72}
 
@@ -15,18 +16,24 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The sum over ``axes``, kept with size 1: the same bits on one device and on many.
 
     Scores are cut into integer digits relative to the largest, wide enough for at least 36 bits
-    (72 in float64) below it, and digits are added as integers. Powers of two scale through exactly.
+    (72 in float64) below it, and digits are added exactly: as floats where few are added, which
+    vectorises, else as integers. Powers of two scale through exactly.
     Reference: Demmel, Nguyen. Parallel Reproducible Summation, 2015.
     """
     x = _tree.widen(x)
-    whole = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    whole: Any = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     terms = math.prod(x.shape[axis] for axis in axes)
-    digit = np.iinfo(whole).bits - 2 - max(0, terms - 1).bit_length()
+    carries = max(0, terms - 1).bit_length()
+    digit = np.iinfo(whole).bits - 2 - carries
+    if jnp.finfo(x.dtype).nmant - carries >= _WANTED_BITS[x.dtype] // 3:
+        whole, digit = x.dtype, jnp.finfo(x.dtype).nmant - carries
     if digit < 2:
         raise ValueError(f"a slice of shape {x.shape} along axes {axes} has too many weights")
     finite = jnp.isfinite(x)
     rest = jnp.where(finite, x, jnp.zeros((), x.dtype))
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(rest)))
+    # Folded first, since a reduction to the largest runs an entry at a time.
+    sizes = _loops.fold(jnp.maximum, jnp.abs(rest), tuple(range(rest.ndim)))
+    _, exponent = jnp.frexp(jnp.max(sizes))
     rest = _times_power(rest, -exponent)
     sums = []
     for _ in range(max(2, -(-_WANTED_BITS[x.dtype] // digit))):

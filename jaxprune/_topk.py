@@ -94,7 +94,8 @@ def top_shared(
 def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     """Mask of the longest ranked prefix of units whose sizes, together, do not exceed ``keep``."""
     problem = _Leaves((units,), (sizes,))
-    return problem.masks(_search(problem, keep.astype(jnp.uint32)[None]))[0]
+    (mask,) = problem.masks(_search(problem, keep.astype(jnp.uint32)[None]))
+    return lax.optimization_barrier(mask)  # or every weight of a unit finds out again
 
 
 class _Shared(NamedTuple):
