@@ -49,6 +49,12 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return _times_power(total, exponent) + infinite
 
 
+def scaled(x: jax.Array) -> jax.Array:
+    """Finite numbers times the power of two that brings the largest size below 1, at least 1/2."""
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x)))
+    return _times_power(x, -exponent)
+
+
 def _times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """x 2^exponent in two steps, since one power of two may be out of range where x is not."""
     bits, mantissa, bias = (64, 52, 1023) if x.dtype == jnp.float64 else (32, 23, 127)

@@ -65,10 +65,17 @@ def map_governed_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -
 
 
 def kinds(tree: PyTree) -> tuple[str, ...]:
-    """For every leaf its path without numbers: the same for the like of all layers."""
-    return tuple(
-        _NUMBER.sub("#", path) for path, leaf in leaves_with_paths(tree) if leaf is not None
-    )
+    """For every leaf its path with layers' numbers left out: the same for the like of all layers.
+
+    Numbers in the last two names stay: modules ``linear_1`` and ``linear_2`` of one layer are often
+    sharded in different ways.
+    """
+
+    def kind(path):
+        names = path.split("/")
+        return "/".join([_NUMBER.sub("#", "/".join(names[:-2])), *names[-2:]])
+
+    return tuple(kind(path) for path, leaf in leaves_with_paths(tree) if leaf is not None)
 
 
 def kernels(path: Any, leaf: Any) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _exact, _placement, _topk, _tree
+from jaxprune import _checks, _exact, _placement, _sums, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
 _MULTIPLIER_BITS = 64  # 32 of them after the point
@@ -323,8 +323,8 @@ def _webster(
         trial = _exact.Wide(multiplier.high | high, multiplier.low | low)
         return _exact.where(_exact.less(budget, spent(seats(trial))), multiplier, trial)
 
-    # Zero, with the varying axes that the budget has under shard_map.
-    none = jax.tree.map(lambda word: word * np.uint32(0), budget)
+    # Zero, with the varying axes that budget and weights have under shard_map.
+    none = jax.tree.map(lambda word: (word + weights[0]) * np.uint32(0), budget)
     multiplier = lax.fori_loop(0, _MULTIPLIER_BITS, try_bit, none)
     kept = seats(multiplier)
     more = seats(_exact.add(multiplier, _exact.constant(1))) > kept
@@ -371,12 +371,18 @@ def _prices(scores: Scores, costs: PyTree) -> list[int]:
 
 def _per_cost(leaf: jax.Array, cost: float) -> jax.Array:
     wide = _tree.widen(leaf)
-    return wide / np.asarray(cost, wide.dtype)
+    # A constant divisor would be turned into a factor, which rounds differently.
+    return wide / lax.optimization_barrier(jnp.asarray(cost, wide.dtype))
 
 
 @jax.jit
 def _lamp(leaf: jax.Array) -> jax.Array:
     """The LAMP score of every weight, in descending order, which is all that counts need."""
-    wide = _tree.widen(leaf)
-    energy = jnp.square(jnp.sort(jnp.maximum(wide, 0), axis=None, descending=True))
-    return jnp.where(energy > 0, energy / jnp.cumsum(energy), energy).reshape(leaf.shape)
+    wide = jnp.sort(jnp.maximum(_tree.widen(leaf), 0), axis=None, descending=True)
+    infinite = jnp.isinf(wide)
+    # Relative to the largest, so that squares neither overflow nor vanish.
+    scaled = _sums.scaled(jnp.where(infinite, 0, wide))
+    energy = jnp.square(scaled)
+    share = jnp.where(energy > 0, energy / jnp.cumsum(energy), energy)
+    share = jnp.where(jnp.any(infinite), 0, share)
+    return jnp.where(infinite, 1, share).astype(wide.dtype).reshape(leaf.shape)

@@ -174,7 +174,9 @@ def _floor(unit: Unit, tiling: Units, min_keep: int) -> int:
     """Weights that a leaf keeps at least, enough for whole units."""
     largest = math.prod(tiling.tile)
     most = math.prod(tiling.shape)
-    return 0 if isinstance(unit, Leaf) else min(most, -(-min_keep // largest) * largest)
+    # Units at the edges are smaller: one that is next in rank may fit no more.
+    enough = -(-min_keep // largest) * largest if tiling.even else min_keep + largest - 1
+    return 0 if isinstance(unit, Leaf) or min_keep == 0 else min(most, enough)
 
 
 def _budget(

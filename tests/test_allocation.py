@@ -160,3 +160,30 @@ def test_sparsity_may_be_traced_and_is_then_clamped(allocate):
     assert counts(traced(1.5)) == counts(allocate(scores, 1.0)) == [1, 1]
     assert counts(traced(-1.0)) == [20, 10]
     assert allocate(scores, 0.5)["skip"] is None
+
+
+def test_costs_divide_alike_under_jit_and_as_numpy_does():
+    scores = {
+        "a": jnp.arange(1, 11, dtype=jnp.float32) * 0.1,
+        "b": jnp.arange(1, 31, dtype=jnp.float32) * np.float32(0.3),
+    }
+
+    def by_cost(scores, sparsity):
+        return jp.allocate_global(scores, sparsity, costs={"a": 1, "b": 3}, min_keep=0)
+
+    for sparsity in (0.02, 0.06, 0.14, 0.3):
+        assert counts(jax.jit(by_cost)(scores, sparsity)) == counts(by_cost(scores, sparsity))
+
+
+def test_lamp_whatever_the_scale():
+    rng = np.random.default_rng(0)
+    scores = {
+        "a": jnp.asarray(rng.random((50, 50)), jnp.float32),
+        "b": jnp.asarray(rng.random((50, 50)) ** 4, jnp.float32),
+    }
+    want = counts(jp.allocate_lamp(scores, 0.9))
+    for exponent in (-80, 80):
+        moved = jax.tree.map(lambda s, e=exponent: s * np.float32(2.0**e), scores)
+        assert counts(jp.allocate_lamp(moved, 0.9)) == want
+    endless = {**scores, "a": scores["a"].at[0, 0].set(jnp.inf)}
+    assert counts(jp.allocate_lamp(endless, 1 - 2 / 5000))[0] == 1

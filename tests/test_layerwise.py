@@ -231,3 +231,12 @@ def test_owl_keeps_more_where_outliers_are():
     assert max(keep.values()) - min(keep.values()) <= 2 * 0.08 * 2000 + 1
     flat = jp.allocate_owl({"a": jnp.ones(10), "b": jnp.ones(30)}, 0.5)
     assert [int(k) for k in flat.values()] == [5, 15]
+
+
+def test_scores_that_are_nan_name_the_layer():
+    params = {"a": jnp.eye(4)}
+    nan = [jnp.full((5, 4), jnp.nan)]
+    with pytest.raises(ValueError, match="a: its scores are NaN"):
+        jp.prune_layerwise(
+            lambda p, x: x @ p["a"], params, nan, 0.5, method=jp.by_saliency(jp.wanda)
+        )

@@ -308,3 +308,32 @@ def test_other_patterns_need_no_new_code():
     found = train(tx, 9)[-1][1]
     assert found.sum() == 20
     assert set(found.reshape(5, 2, 4).sum(-1).ravel().tolist()) == {0, 4}
+
+
+def test_endless_scores_do_not_break_counts():
+    params = {"kernel": jnp.array([[0.0, 5, 0, 0, 0, 0, 3, 0, 2, 1]])}
+    masks = {"kernel": jnp.array([[0, 1, 0, 1, 1, 1, 1, 1, 1, 1]], bool)}
+
+    def logarithm(params, grads=None, *, key=None):
+        return jax.tree.map(lambda w: jnp.log(jnp.abs(w)), params)
+
+    tx = jp.prune_gradually(optax.sgd(0.0), 0.5, when=jp.every(1), saliency=logarithm, masks=masks)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, state = tx.update(zeros, tx.init(params), params)
+    assert int(state.masks["kernel"].sum()) == 5
+
+
+def test_endless_gradients_replace_the_share_that_was_asked_for():
+    params = {"kernel": jnp.arange(1.0, 11.0)[None]}
+    masks = {"kernel": jnp.array([[0] * 5 + [1] * 5], bool)}
+    tx = jp.rigl(
+        optax.sgd(0.0),
+        0.5,
+        key=jax.random.key(0),
+        drop_fraction=0.2,
+        when=jp.every(1),
+        masks=masks,
+    )
+    grads = {"kernel": jnp.array([[jnp.inf] * 5 + [0.0] * 5])}
+    _, state = tx.update(grads, tx.init(params), params)
+    assert state.masks["kernel"].astype(int).tolist() == [[1, 0, 0, 0, 0, 0, 1, 1, 1, 1]]

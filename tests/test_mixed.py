@@ -158,3 +158,10 @@ def test_bad_input():
         jp.mask_mixed(scores, 0.5, {"a": 4}, default=weights)
     with pytest.raises(TypeError, match="default: 4 is no unit"):
         jp.mask_mixed(scores, 0.5, {"a": weights}, default=4)
+
+
+def test_floors_hold_where_units_are_ragged():
+    scores = {"a": jnp.ones((7, 9)).at[6, 8].set(9.0), "b": jnp.full((9, 9), 5.0)}
+    units = {"a": jp.Blocks((2, 4))}
+    masks = jp.mask_mixed(scores, 1.0, units, default=jp.Weights(), min_keep=5)
+    assert int(masks["a"].sum()) >= 5

@@ -157,3 +157,16 @@ def test_inside_shard_map_every_shard_is_on_its_own():
         for j in range(2):
             want = local(scores[16 * i : 16 * (i + 1), 24 * j : 24 * (j + 1)])
             np.testing.assert_array_equal(blocks[i, j], want)
+
+
+def test_allocations_inside_shard_map_see_scores_that_vary():
+    where = mesh(AxisType.Auto)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32))
+
+    def local(shard):
+        tree = {"w": jnp.abs(shard), "v": jnp.square(shard)}
+        keep = jp.allocate_owl(tree, 0.5)
+        return jp.mask_topk(tree, keep)["w"]
+
+    spread = jax.shard_map(local, mesh=where, in_specs=P("x", "y"), out_specs=P("x", "y"))
+    assert jax.jit(spread)(scores).dtype == bool

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _rows, _tree
+from jaxprune import _checks, _rows, _tree
 from jaxprune._typing import Layerwise, Params, PyTree, Scores
 from jaxprune.allocation import allocate_uniform
 from jaxprune.layerwise import _driver
@@ -55,6 +55,7 @@ def by_saliency(saliency: Any, *, per_output: bool = True) -> Layerwise:
         norms = _tree.map_governed_with_path(norm, params, grams)
         governed = _tree.map_governed(lambda p, _: p, params, norms)
         scores: Scores = saliency(governed, norms)
+        _tree.map_governed_with_path(_raise_if_nan, scores)
         axes = jax.tree.map(
             lambda _, g: None if g is None else g.axes, params, grams, is_leaf=_tree.is_none
         )
@@ -67,3 +68,10 @@ def by_saliency(saliency: Any, *, per_output: bool = True) -> Layerwise:
         return apply_masks(params, masks), masks
 
     return method
+
+
+def _raise_if_nan(path: str, scores: jax.Array) -> None:
+    if _checks.is_concrete(scores) and bool(jnp.any(jnp.isnan(scores))):
+        raise ValueError(
+            f"{path}: its scores are NaN; look for NaN or overflow in the calibration batches"
+        )

@@ -141,7 +141,7 @@ def relative_error(old: jax.Array, new: jax.Array, gram: Gram) -> jax.Array:
     r""":math:`\|X (\hat W - W)\|^2 / \|X W\|^2`, zero where the outputs are."""
     change = _energy(_driver.as_groups(new, gram) - _driver.as_groups(old, gram), gram)
     whole = _energy(_driver.as_groups(old, gram), gram)
-    return jnp.where(whole > 0, change / jnp.where(whole > 0, whole, 1), 0)
+    return jnp.where(whole == 0, 0, change / jnp.where(whole == 0, 1, whole))
 
 
 _relative_error = jax.jit(relative_error)

@@ -1,6 +1,7 @@
 """Whole slices and blocks, ranked by one score each."""
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -152,7 +153,9 @@ class Units(NamedTuple):
         if how == "max":
             return jnp.max(wide, inner)
         sums = _sums.reproducible_sum(wide, inner).reshape(self.grid)
-        return sums if how == "sum" else sums / self.sizes().astype(sums.dtype)
+        # A constant divisor would be turned into a factor, which rounds differently.
+        sizes = jax.lax.optimization_barrier(jnp.asarray(self.sizes(), sums.dtype))
+        return sums if how == "sum" else sums / jnp.broadcast_to(sizes, sums.shape)
 
     def spread(self, kept: jax.Array) -> jax.Array:
         """A mask of units as a mask of weights."""
@@ -217,8 +220,11 @@ def _mask_units(leaf: jax.Array, keep: Any, units: Units, how: Score) -> jax.Arr
     if units.even and how == "mean":
         how = "sum"  # The same ranks, without a division that could round two into a tie.
 
-    def mask(leaf, keep):
-        scores = units.score(leaf, how)
-        return units.spread(_topk.top_units(scores, units.sizes(), keep))
-
+    mask = partial(_unit_mask, units=units, how=how)
     return _placement.call_in_auto(mask, leaf, jnp.asarray(keep).astype(jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("units", "how"))
+def _unit_mask(leaf: jax.Array, keep: jax.Array, *, units: Units, how: Score) -> jax.Array:
+    scores = units.score(leaf, how)
+    return units.spread(_topk.top_units(scores, units.sizes(), keep))

@@ -250,4 +250,5 @@ def key_at(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
 
 def bury(mask: jax.Array, score: jax.Array) -> jax.Array:
     """Scores in which weights already pruned come last, so that exact counts stay exact."""
-    return jnp.where(mask, score, jnp.asarray(-jnp.inf, score.dtype))
+    alive = jnp.maximum(score, jnp.asarray(jnp.finfo(score.dtype).min, score.dtype))
+    return jnp.where(mask, alive, jnp.asarray(-jnp.inf, score.dtype))

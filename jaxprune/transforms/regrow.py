@@ -116,10 +116,13 @@ def exchange(
     alive = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
     stay = jax.tree.map(lambda k, n: jnp.minimum(k - _share(rate, k), n), keep, alive)
     survivors = mask(drops, stay)
-    infinite = _tree.map_governed(
-        lambda m, s: jnp.where(m, jnp.asarray(jnp.inf, s.dtype), s), survivors, grows
-    )
-    return mask(infinite, keep), bad
+    return mask(_tree.map_governed(_first, survivors, grows), keep), bad
+
+
+def _first(mask: jax.Array, score: jax.Array) -> jax.Array:
+    """Scores in which survivors come first."""
+    others = jnp.minimum(score, jnp.asarray(jnp.finfo(score.dtype).max, score.dtype))
+    return jnp.where(mask, jnp.asarray(jnp.inf, score.dtype), others)
 
 
 def _share(rate: jax.Array, kept: jax.Array) -> jax.Array:
