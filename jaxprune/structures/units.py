@@ -150,8 +150,12 @@ class Units(NamedTuple):
         split = [part for g, t in zip(self.grid, self.tile, strict=True) for part in (g, t)]
         inner = tuple(range(1, len(split), 2))
         wide = _loops.fold(jnp.maximum if how == "max" else jnp.add, wide.reshape(split), inner)
+        if wide.shape[-1] > 1:
+            # The few entries left of the last axis come first: only sums of whole lines vectorise.
+            wide = jax.lax.optimization_barrier(jnp.moveaxis(wide, -1, 0))
+            inner = (0, *(axis + 1 for axis in inner[:-1]))
         if how == "max":
-            return jnp.max(wide, inner)
+            return jnp.max(wide, inner).reshape(self.grid)
         sums = _sums.reproducible_sum(wide, inner).reshape(self.grid)
         # A constant divisor would be turned into a factor, which rounds differently.
         sizes = jax.lax.optimization_barrier(jnp.asarray(self.sizes(), sums.dtype))
