@@ -47,6 +47,8 @@ def check_target(sparsity: Any, n_m: tuple[int, int] | None) -> None:
     """Raise unless exactly one of the two says how much to prune."""
     if (sparsity is None) == (n_m is None):
         raise ValueError("give either a sparsity or n_m=(n, m), and not both")
+    if n_m is not None and not (isinstance(n_m, tuple) and len(n_m) == 2):
+        raise TypeError(f"n_m is {n_m!r}; give a pair of ints such as (2, 4)")
     if n_m is not None and not 0 <= n_m[0] <= n_m[1]:
         raise ValueError(f"n_m is {n_m}; n of each m are kept, 0 <= n <= m")
 

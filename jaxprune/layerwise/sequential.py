@@ -73,7 +73,7 @@ def prune_layerwise(
       n_m: ``(n, m)`` instead: keep n of each m consecutive inputs of every output.
       method: any layerwise method: ``jp.sparsegpt``, ``jp.alps``, ``jp.by_saliency(jp.wanda)``.
       prunable: which leaves are governed.
-      progress: called with a layer's ``path``, ``sparsity`` and relative ``error`` once it is done.
+      progress: called with each layer's entry of the log, once it is done.
       dense_targets: imitate the outputs that the layer has in the dense model, not those that the
         dense weights would give for the inputs that arrive; where outputs are added to a value
         that is there already (a residual stream), the sum. So later layers make up for earlier

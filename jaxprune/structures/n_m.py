@@ -62,8 +62,9 @@ def gradual_n_m(n: int, m: int, *, axis: Any) -> Masking:
       k < |N|:\; \operatorname{top}_k(N)
 
     Every leaf keeps exactly its budget; a budget of n/m, which ``jp.allocate_uniform`` gives at
-    sparsity 1 - n/m, is exactly n:m. Budgets below it keep at most n of each m: with them
-    ``jp.rigl`` drops and regrows inside the pattern.
+    sparsity 1 - n/m, is exactly n:m. Allocations that favour some leaves over others, such as
+    ``jp.allocate_global`` and ``jp.allocate_erk``, leave no leaf at n:m. Budgets below n/m keep at
+    most n of each m: with them ``jp.rigl`` drops and regrows inside the pattern.
 
     Args:
       n: kept of each group at the end.

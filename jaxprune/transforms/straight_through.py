@@ -101,7 +101,8 @@ def sr_ste(
       decay: :math:`\lambda`, at least 0.
       saliency: ``(params, grads, key=) -> scores``, of the dense weights.
       allocate: ``(scores, sparsity) -> counts``.
-      mask: ``(scores, counts) -> masks``; the paper's is N:M.
+      mask: ``(scores, counts) -> masks``. The paper's N:M is ``jp.gradual_n_m(n, m, axis=...)``
+        with ``allocate=jp.allocate_uniform``: other allocations give leaves more or less than n:m.
       prunable: ``(path, leaf) -> bool``, which leaves are governed.
       masks: masks to start from; all kept by default.
       key: for random criteria.
