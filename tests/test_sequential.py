@@ -229,8 +229,11 @@ def test_dense_targets_of_stacked_layers_equal_those_of_separate_ones(deep):
 
 def test_dense_targets_where_weights_are_moved_and_biases_added(deep):
     layers, batches = deep
-    turned = [{"a": p["a"].T, "b": p["b"].reshape(24, 3, 4), "c": jnp.ones(12)} for p in layers]
-    biased = [{**p, "c": jnp.ones(12)} for p in layers]
+    turned = [
+        {"a": p["a"].T, "b": p["b"].reshape(24, 3, 4), "c": jnp.ones(12, jnp.float32)}
+        for p in layers
+    ]
+    biased = [{**p, "c": jnp.ones(12, jnp.float32)} for p in layers]
 
     def plain(p, x):
         for layer in p:
@@ -278,7 +281,7 @@ def decoder(layers):
         return {"kernel": weights(*shape, seed=next(seed))}
 
     def norm():
-        return {"scale": jnp.ones(width)}
+        return {"scale": jnp.ones(width, jnp.float32)}
 
     small = 4 * smollm2.KV_HEADS
     shapes = {"q": (width, width), "k": (width, small), "v": (width, small), "o": (width, width)}

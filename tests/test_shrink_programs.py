@@ -94,15 +94,15 @@ def fused_heads(p, x):
 IMAGE, ROWS = normal(2, 6, 6, 2), normal(3, 4)
 PROGRAMS = {
     "negative padding": (
-        lambda p, x: lax.pad(x @ p["a"], 0.0, ((0, 0, 0), (-2, 1, 0))) @ p["b"],
+        lambda p, x: lax.pad(x @ p["a"], np.float32(0.0), ((0, 0, 0), (-2, 1, 0))) @ p["b"],
         {"a": (4, 8), "b": (7, 2)},
     ),
     "interior padding": (
-        lambda p, x: lax.pad(x @ p["a"], 0.0, ((0, 0, 0), (-3, -3, 2))) @ p["b"],
+        lambda p, x: lax.pad(x @ p["a"], np.float32(0.0), ((0, 0, 0), (-3, -3, 2))) @ p["b"],
         {"a": (4, 8), "b": (16, 2)},
     ),
     "padding by one": (
-        lambda p, x: lax.pad(x @ p["a"], 1.0, ((0, 0, 0), (1, 2, 0))) @ p["b"],
+        lambda p, x: lax.pad(x @ p["a"], np.float32(1.0), ((0, 0, 0), (1, 2, 0))) @ p["b"],
         {"a": (4, 8), "b": (11, 2)},
     ),
     "shuffled channels": (
