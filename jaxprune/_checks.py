@@ -41,6 +41,12 @@ def as_schedule(value: Any, name: str, check: Callable[[Any, str], None]) -> Cal
     return lambda step: jnp.asarray(value, jnp.float32)
 
 
+def check_function(value: Any, name: str, example: str) -> None:
+    """Raise a ``TypeError`` for a step of the pipeline that is no function."""
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r}; it is a function, such as {example}")
+
+
 class Target:
     """What a schedule comes to in the end, under a name that checkpoints compare."""
 

@@ -154,6 +154,11 @@ def select(params: Params, prunable: Prunable = kernels) -> Params:
       True
     """
 
+    if not callable(prunable):
+        raise TypeError(
+            f"prunable is {prunable!r}; it is a function, such as jp.matching('kernel')"
+        )
+
     def pick(path, leaf):
         name = path_str(path)
         if leaf is None or not prunable(name, leaf):

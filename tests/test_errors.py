@@ -218,3 +218,9 @@ def test_errors_come_at_trace_time():
         jax.eval_shape(lambda s: jp.mask_n_m(s, 2, 4, axis=1), SCORES)
     with pytest.raises(ValueError, match="needs gradients"):
         jax.eval_shape(lambda p: jp.prune(p, 0.5, saliency=jp.taylor), PARAMS)
+
+
+def test_steps_that_are_no_functions():
+    for step, value in (("allocate", 0.5), ("mask", "n_m"), ("prunable", "kernel")):
+        with pytest.raises(TypeError, match=f"{step} is {value!r}; it is a function, such as jp"):
+            jp.prune(PARAMS, 0.5, **{step: value})
