@@ -78,11 +78,6 @@ def where(condition: jax.Array, a: Wide, b: Wide) -> Wide:
     return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
 
 
-def minimum(a: Wide, b: Wide) -> Wide:
-    """The smaller of two numbers."""
-    return where(less(a, b), a, b)
-
-
 def maximum(a: Wide, b: Wide) -> Wide:
     """The larger of two numbers."""
     return where(less(a, b), b, a)

@@ -31,9 +31,7 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         raise ValueError(f"a slice of shape {x.shape} along axes {axes} has too many weights")
     finite = jnp.isfinite(x)
     rest = jnp.where(finite, x, jnp.zeros((), x.dtype))
-    # Folded first, since a reduction to the largest runs an entry at a time.
-    sizes = _loops.fold(jnp.maximum, jnp.abs(rest), tuple(range(rest.ndim)))
-    _, exponent = jnp.frexp(jnp.max(sizes))
+    exponent = _exponent(rest)
     rest = _times_power(rest, -exponent)
     sums = []
     for _ in range(max(2, -(-_WANTED_BITS[x.dtype] // digit))):
@@ -51,8 +49,16 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def scaled(x: jax.Array) -> jax.Array:
     """Finite numbers times the power of two that brings the largest size below 1, at least 1/2."""
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(x)))
-    return _times_power(x, -exponent)
+    return _times_power(x, -_exponent(x))
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+    """Of the power of two just above the largest size.
+
+    Folded first, since a reduction to the largest runs an entry at a time.
+    """
+    sizes = _loops.fold(jnp.maximum, jnp.abs(x), tuple(range(x.ndim)))
+    return jnp.frexp(jnp.max(sizes))[1]
 
 
 def _times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:

@@ -132,7 +132,8 @@ class _Leaves:
         self.members = _counting.members(leaves, kinds)
         self.order = np.concatenate(self.members)
         self.parts = [jnp.stack([leaves[i] for i in members]) for members in self.members]
-        self.firsts = np.cumsum([0, *(len(members) for members in self.members)])
+        lengths = [len(members) for members in self.members]
+        self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
 
     def whole(self) -> Any:
         """How many weights each leaf holds."""
@@ -145,27 +146,26 @@ class _Leaves:
 
     def tally(self, cuts: tuple[Cut, Cut], step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
-        first = [np.uint32(i) for i in self.firsts[:-1]]
         grain, sizes = self.keys.grain, self.sizes
         if sizes is None or not any(np.ndim(size) for size in sizes):
             found = [
                 _count_at(part, cuts, place, step, grain=grain)
-                for part, place in zip(self.parts, first, strict=True)
+                for part, place in zip(self.parts, self.firsts, strict=True)
             ]
             sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
             counts = _counting.counts(sums)
             return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
         weighed = [
             _weigh_at(part, cuts, place, step, size, grain=grain)
-            for part, place, size in zip(self.parts, first, sizes, strict=True)
+            for part, place, size in zip(self.parts, self.firsts, sizes, strict=True)
         ]
         return jnp.stack([jnp.concatenate(counts) for counts in zip(*weighed, strict=True)])
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the first guesses keep, leaf by leaf."""
         cut, masks = state.cut(0), {}
-        for part, first, members in zip(self.parts, self.firsts, self.members, strict=False):
-            kept = _mask_at(part, cut, np.uint32(first), state.step, grain=self.keys.grain)
+        for part, first, members in zip(self.parts, self.firsts, self.members, strict=True):
+            kept = _mask_at(part, cut, first, state.step, grain=self.keys.grain)
             for place, i in enumerate(members):
                 masks[i] = _counting.pick(kept, np.uint32(place), 1)[0]
         return [masks[i] for i in range(len(self.leaves))]
