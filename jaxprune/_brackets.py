@@ -39,6 +39,11 @@ class Keys(NamedTuple):
         return _counting.infinity(self.dtype) >> self.grain
 
     @property
+    def none(self) -> int:
+        """No key: where a bracket over keys has its tie."""
+        return int(np.iinfo(self.dtype).max)
+
+    @property
     def end(self) -> int:
         """Past the last key, which is that of NaN."""
         return 2 * self.zero + 2
@@ -50,42 +55,53 @@ class Keys(NamedTuple):
 
 
 class Brackets(NamedTuple):
-    """A bracket per cut: ``low`` keeps ``below`` < ``want``, ``high`` keeps ``above`` >= ``want``.
+    """A bracket per cut: its low end keeps less than is wanted, its high end as much or more.
 
-    The bracket is over keys until two neighbours remain, then over the indices at ``tie``.
-    ``guesses`` are two cuts between, and in the end the cut that was looked for, twice. ``wide``
-    brackets did not shrink by half in the last pass.
+    The bracket is over keys until two neighbours remain, then over the indices at ``tie``; one
+    whose ends are equal is done. Where a first axis has two entries they are the low end and the
+    high one, or the lower guess and the higher; arrays in pairs are half the kernels to compile.
+
+    Attributes:
+      ends: keys, or indices at ``tie``.
+      kept: what they keep, uint32.
+      size: how many weights there are, uint32.
+      want: how many are to be kept, uint32.
+      tie: the key whose indices are looked at; ``Keys.none`` as long as keys are.
+      wide: whether the bracket did not shrink by half in the last pass.
+      guesses: two cuts between the ends.
+      step: passes done.
     """
 
-    low: jax.Array
-    high: jax.Array
-    below: jax.Array
-    above: jax.Array
+    ends: jax.Array
+    kept: jax.Array
     size: jax.Array
     want: jax.Array
     tie: jax.Array
-    tied: jax.Array
     wide: jax.Array
-    done: jax.Array
     guesses: jax.Array
     step: jax.Array
 
-    def cut(self, which: int) -> Cut:
-        """One of the two guesses.
+    @property
+    def tied(self) -> jax.Array:
+        """Whether the bracket is over indices."""
+        return self.tie != np.asarray(np.iinfo(self.tie.dtype).max, self.tie.dtype)
 
-        The barrier keeps the compiler from computing it again for every leaf.
+    def cuts(self) -> Cut:
+        """The guesses, in the end twice the cut that was looked for.
+
+        The barrier keeps the compiler from computing them again for every leaf.
         """
-        at, none = self.guesses[which], np.asarray(np.iinfo(self.tie.dtype).max, self.tie.dtype)
-        cut = Cut(
-            key=jnp.where(self.tied, self.tie, at),
-            end=jnp.where(self.tied, at, jnp.zeros_like(at)),
-            tie=jnp.where(self.tied, self.tie, none),
-        )
-        return lax.optimization_barrier(cut)
+        at, tied = self.guesses, self.tied[None]
+        cuts = Cut(jnp.where(tied, self.tie[None], at), jnp.where(tied, at, jnp.zeros_like(at)))
+        return lax.optimization_barrier(cuts)
+
+    def unfinished(self) -> jax.Array:
+        """Whether any bracket is still to be narrowed."""
+        return jnp.sum((self.ends[0] != self.ends[1]).astype(jnp.float32)) > 0
 
 
 class Ranks(NamedTuple):
-    """Floats for a guess: what ``low`` keeps, what is wanted and what is kept beyond, of how many.
+    """Floats for a guess: what the low end keeps, what is wanted and kept beyond, of how many.
 
     Differences are taken before they are rounded.
     """
@@ -96,69 +112,58 @@ class Ranks(NamedTuple):
     size: jax.Array
 
 
-def move(state: Brackets, counts: jax.Array) -> Brackets:
-    """Of each bracket the part that holds what is wanted."""
-    reached = counts >= state.want[None]
-    inside = reached[1] & ~reached[0]
-    moved = state._replace(
-        low=jnp.where(inside, state.guesses[0], state.guesses[1]),
-        below=jnp.where(inside, counts[0], counts[1]),
-        high=jnp.where(inside, state.guesses[1], state.high),
-        above=jnp.where(inside, counts[1], state.above),
-    )
-    moved = choose(reached[0], state._replace(high=state.guesses[0], above=counts[0]), moved)
-    halved = moved.high - moved.low <= (state.high - state.low) >> 1
-    moved = settle(moved._replace(wide=~halved & ~state.wide))
-    return choose(state.done, state, moved)
+Over = tuple[jax.Array, jax.Array]
+"""Of two guesses, whether each keeps as much as is wanted."""
+
+
+def within(over: Over, ends: jax.Array, guesses: jax.Array) -> jax.Array:
+    """Of the three parts that two guesses make the one that holds what is wanted."""
+    low = jnp.where(over[0], ends[0], jnp.where(over[1], guesses[0], guesses[1]))
+    high = jnp.where(over[0], guesses[0], jnp.where(over[1], guesses[1], ends[1]))
+    return jnp.stack([low, high])
+
+
+def narrow(state: Brackets, over: Over, counts: jax.Array) -> Brackets:
+    """That part of each bracket."""
+    ends = within(over, state.ends, state.guesses)
+    halved = ends[1] - ends[0] <= (state.ends[1] - state.ends[0]) >> 1
+    kept = within(over, state.kept, counts)
+    return state._replace(ends=ends, kept=kept, wide=~halved & ~state.wide)
 
 
 def settle(state: Brackets) -> Brackets:
     """Take an end that keeps what is wanted; turn to ties where two neighbouring keys remain."""
-    one = jnp.ones_like(state.low)
-    met = (state.above == state.want) | (state.below == state.want)
-    at = jnp.where(state.above == state.want, state.high, state.low)
-    closed = ~met & (state.high - state.low == one)
+    (low, high), (below, above) = state.ends, state.kept
+    met = (above == state.want) | (below == state.want)
+    alone = ~met & (high - low == np.ones((), low.dtype))
     # Units of several weights may step over what is wanted; the cut below is then the answer.
-    over, closed = closed & state.tied, closed & ~state.tied
-    return state._replace(
-        done=met | over,
-        guesses=jnp.where((met | over)[None], at[None], state.guesses),
-        tied=state.tied | closed,
-        tie=jnp.where(closed, state.low, state.tie),
-        low=jnp.where(closed, jnp.zeros_like(one), state.low),
-        high=jnp.where(closed, state.size.astype(one.dtype), state.high),
-    )
-
-
-def choose(condition: jax.Array, a: Brackets, b: Brackets) -> Brackets:
-    """Bracket by bracket; the step is that of ``a``."""
-
-    def pick(x, y):
-        return jnp.where(jnp.broadcast_to(condition, x.shape), x, y)
-
-    return jax.tree.map(pick, a._replace(step=a.done), b._replace(step=b.done))._replace(
-        step=a.step
-    )
+    over, closed = alone & state.tied, alone & ~state.tied
+    at = jnp.where(above == state.want, high, low)
+    done = met | over
+    ends = [
+        jnp.where(closed, first, jnp.where(done, at, end))
+        for first, end in ((jnp.zeros_like(low), low), (state.size.astype(low.dtype), high))
+    ]
+    return state._replace(ends=jnp.stack(ends), tie=jnp.where(closed, low, state.tie))
 
 
 def ranks(state: Brackets) -> Ranks:
     """Of each bracket on its own."""
-    gain, span = (x - state.below for x in (state.want, state.above))
-    return Ranks(*(x.astype(jnp.float32) for x in (state.below, gain, span, state.size)))
+    below, above = state.kept
+    sizes = (below, state.want - below, above - below, state.size)
+    return Ranks(*(x.astype(jnp.float32) for x in sizes))
 
 
 def renew(keys: Keys, state: Brackets, ranks: Ranks) -> Brackets:
-    """Two new guesses in each bracket that is not done.
+    """Two new guesses in each bracket; where it is done, its ends.
 
     The second pair tells zeros, often many, from what is above and below.
     """
-    zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
-    probe = (state.step == 0) & (state.low < zero) & (state.high > zero + one) & ~state.tied
-    zeros = jnp.stack([jnp.full_like(state.low, zero), jnp.full_like(state.low, zero + one)])
+    (low, high), zero, one = state.ends, keys.number(keys.zero), np.ones((), keys.dtype)
+    probe = (state.step == 0) & (low < zero) & (high > zero + one) & ~state.tied
+    zeros = jnp.stack([jnp.full_like(low, zero), jnp.full_like(low, zero + one)])
     guesses = jnp.where(probe[None], zeros, _guess(state, ranks))
-    return state._replace(
-        guesses=jnp.where(state.done[None], state.guesses, guesses), step=state.step + 1
-    )
+    return state._replace(guesses=guesses, step=state.step + 1)
 
 
 def _guess(state: Brackets, ranks: Ranks) -> jax.Array:
@@ -170,7 +175,7 @@ def _guess(state: Brackets, ranks: Ranks) -> jax.Array:
     which grows with the bracket; if that did not halve the bracket, the next two take its thirds.
     """
     below, gain, span, size = ranks
-    width = state.high - state.low
+    low, width = state.ends[0], state.ends[1] - state.ends[0]
     octave, narrow = (2.0**52, 50) if width.dtype == jnp.uint64 else (2.0**23, 21)
     span = jnp.maximum(span, 1.0)
     share = jnp.clip(gain / span, 0.0, 1.0)
@@ -188,10 +193,9 @@ def _guess(state: Brackets, ranks: Ranks) -> jax.Array:
     middle = jnp.where(state.wide, np.float32(0.5), middle)
     apart = jnp.where(state.wide, third, jnp.minimum(apart, third))
     both = jnp.clip(jnp.stack([middle - apart, middle + apart]), 0.0, np.float32(1 - 2.0**-20))
-    one = jnp.ones_like(width)
-    last = jnp.maximum(width, one + one) - one
+    first = jnp.minimum(width, np.ones((), width.dtype))
     leap = (both * extent[None]).astype(width.dtype)
-    return state.low[None] + jnp.clip(leap, one[None], last[None])
+    return low[None] + jnp.clip(leap, first[None], jnp.maximum(width - first, first)[None])
 
 
 def _log2(x: jax.Array) -> jax.Array:

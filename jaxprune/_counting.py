@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _placement, _tree
+from jaxprune import _placement
 from jaxprune._typing import PyTree
 
 _EXACT = 1 << 24  # whole numbers up to here are floats
@@ -28,18 +28,24 @@ _LONG = 512  # an axis with as many lines is cut into fewer shards, strips and a
 
 
 class Cut(NamedTuple):
-    """Kept are keys below ``key``, and of those equal to ``tie`` the ones below ``end``."""
+    """Kept are keys below ``key``, and of those equal to it the ones whose index is below ``end``.
+
+    A first axis with two entries is for two cuts.
+    """
 
     key: jax.Array
     end: jax.Array
-    tie: jax.Array
+
+    def both(self) -> tuple["Cut", "Cut"]:
+        """The two cuts."""
+        return Cut(self.key[0], self.end[0]), Cut(self.key[1], self.end[1])
 
 
 class Sums(NamedTuple):
     """Sums over the signs of two cuts and over their sizes, as floats: ``256 high + low``."""
 
-    low: tuple[jax.Array, jax.Array]
-    high: tuple[jax.Array, jax.Array]
+    low: jax.Array
+    high: jax.Array | None
 
 
 def infinity(dtype: Any) -> int:
@@ -61,18 +67,19 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
     # wrap around to the far end.
     negative = -(bits >> last)
     key = (zero + negative) - (size ^ negative)
-    return jnp.minimum(key >> grain, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
+    key = key >> grain if grain else key
+    return jnp.minimum(key, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
 def kept(leaf: jax.Array, cut: Cut, index: jax.Array, grain: int) -> jax.Array:
     """What a cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
     key = order(leaf, cut.key.dtype, grain)
-    return (key < cut.key) | ((key == cut.tie) & (index.astype(cut.end.dtype) < cut.end))
+    return (key < cut.key) | ((key == cut.key) & (index.astype(cut.end.dtype) < cut.end))
 
 
 def count(
     leaf: jax.Array,
-    cuts: tuple[Cut, Cut],
+    cuts: Cut,
     step: jax.Array,
     axes: tuple[int, ...],
     grain: int,
@@ -85,7 +92,7 @@ def count(
     leaf, step = lax.optimization_barrier((leaf, step))
     index = indices(leaf.shape, axes, step)
     return lax.platform_dependent(
-        *(kept(leaf, cut, index, grain) for cut in cuts),
+        *(kept(leaf, cut, index, grain) for cut in cuts.both()),
         cpu=lambda a, b: count_bytes(a, b, axes),
         default=lambda a, b: count_signs(a, b, axes),
     )
@@ -107,17 +114,23 @@ def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> S
     if axis is None:
         return _sums(signs, axes)
     sums = _sums(_strips(signs, axis), axes, _strips(jnp.abs(signs), axis), _STRIPS)
-    return jax.tree.map(lambda x: x.reshape(shape), sums)
+    return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
 def counts(sums: Sums) -> jax.Array:
     """Of each of two cuts, how many entries it keeps; a first axis for the two."""
-    both, second = (
-        high.astype(jnp.int32).astype(jnp.uint32) * np.uint32(_DIGIT)
-        + low.astype(jnp.int32).astype(jnp.uint32)
-        for low, high in zip(sums.low, sums.high, strict=True)
-    )
+    low, high = jax.tree.map(lambda x: x.astype(jnp.int32).astype(jnp.uint32), sums)
+    both, second = low if high is None else high * np.uint32(_DIGIT) + low
     return jnp.stack([(both + second) >> 1, second])
+
+
+def joined(sums: Sequence[Sums]) -> Sums:
+    """Of several parts, along the second axis."""
+    low = jnp.concatenate([part.low for part in sums], 1)
+    if all(part.high is None for part in sums):
+        return Sums(low, None)
+    high = [jnp.zeros_like(part.low) if part.high is None else part.high for part in sums]
+    return Sums(low, jnp.concatenate(high, 1))
 
 
 def _signs(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -150,13 +163,14 @@ def _sums(signs, axes, sizes=None, most: int = 1) -> Sums:
             return (total & (_DIGIT - 1)).astype(jnp.float32), (total >> 8).astype(jnp.float32)
         total = jnp.sum(x.astype(jnp.float32), inner, keepdims=True)
         if not outer:
-            return total, jnp.zeros_like(total)
+            return total, None
         high = jnp.floor(total * np.float32(1 / _DIGIT))
         low = total - high * np.float32(_DIGIT)
         return tuple(jnp.sum(part, outer, keepdims=True) for part in (low, high))
 
     parts = add(signs), add(jnp.abs(signs) if sizes is None else sizes)
-    return Sums(*zip(*parts, strict=True))
+    low, high = zip(*parts, strict=True)
+    return Sums(jnp.stack(low), None if high[0] is None else jnp.stack(high))
 
 
 def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
@@ -174,18 +188,19 @@ def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
 
 def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> jax.Array:
     """The position of every entry within its slice along ``axes``, in that order of axes."""
-    index, stride = jnp.broadcast_to(jnp.minimum(step, 0).astype(jnp.uint32), shape), 1
+    zero = jnp.broadcast_to(jnp.minimum(step, 0).astype(jnp.uint32), shape)
+    index, stride = zero, 1
     for axis in reversed(axes):
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-        stride *= shape[axis]
+        # A zero in every term, or some are computed ahead of the loop, each by code of its own.
+        place = zero + lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index, stride = index + place * np.uint32(stride), stride * shape[axis]
     return index
 
 
-def pick(x: jax.Array, first: Any, size: int) -> jax.Array:
-    """Entries ``first`` and following of the first axis; code of equal shapes is shared."""
+def pick(tree: PyTree, first: Any, size: int, axis: int = 0) -> PyTree:
+    """Entries ``first`` and following of an axis; code of equal shapes is shared."""
     first = lax.optimization_barrier(first)
-    starts = (first, *[np.uint32(0)] * (x.ndim - 1))
-    return lax.dynamic_slice(x, starts, (size, *x.shape[1:]))
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, axis), tree)
 
 
 def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[list[int]]:
@@ -196,18 +211,3 @@ def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[li
         key = i if alone else (kinds[i], jax.typeof(leaf))  # type: ignore[index]
         found.setdefault(key, []).append(i)
     return list(found.values())
-
-
-def any_nan(scores: PyTree) -> jax.Array:
-    """Whether any score is NaN."""
-
-    def sum_bytes(nan):
-        return jnp.sum(lax.optimization_barrier(nan.astype(jnp.int8)).astype(jnp.float32)) > 0
-
-    def see(leaves):
-        nan = jnp.isnan(jnp.stack(leaves))
-        return lax.platform_dependent(nan, cpu=sum_bytes, default=jnp.any)
-
-    leaves = jax.tree.leaves(scores)
-    found = [see([leaves[i] for i in part]) for part in members(leaves, _tree.kinds(scores))]
-    return jnp.any(jnp.stack(found)) if found else jnp.zeros((), bool)

@@ -16,6 +16,7 @@ LARGEST = 2**63 - 1
 """What a number may be where it is to be multiplied by a fraction."""
 
 _LOW = np.uint32(0xFFFF)
+_SHIFTS = (0, 16, 8, 24)  # of digits; in order they would be computed, by code of their own
 
 
 class Wide(NamedTuple):
@@ -83,15 +84,30 @@ def maximum(a: Wide, b: Wide) -> Wide:
     return where(less(a, b), b, a)
 
 
-def total(number: Wide) -> Wide:
-    """The sum over the last axis, of up to 65,536 entries."""
-    return _joined(jnp.sum(_parts(number), -1, dtype=jnp.uint32))
+def total(number: Wide | jax.Array) -> Wide:
+    """The sum over the last axis, of up to 65,536 entries; of numbers or of a uint32 array.
+
+    Digits of eight bits are added as floats, in which whole numbers up to 2^24 are exact: sums of
+    integers take longer to compile.
+    """
+    if isinstance(number, Wide):
+        return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
+    shifts = np.array(_SHIFTS, np.uint32).reshape(-1, *[1] * number.ndim)
+    digits = (number[None] >> shifts) & np.uint32(255)
+    sums = jnp.sum(digits.astype(jnp.int32).astype(jnp.float32), -1)
+    sums = sums.astype(jnp.int32).astype(jnp.uint32)
+    result = from_uint32(sums[0])
+    for digit, shift in zip(sums[1:], _SHIFTS[1:], strict=True):
+        result = add(result, Wide(digit >> (32 - shift), digit << shift))
+    return result
 
 
 def before(number: Wide) -> Wide:
-    """For every entry the sum of those before it along the last axis."""
-    parts = _parts(number)
-    return _joined(jnp.cumsum(parts, -1, dtype=jnp.uint32) - parts)
+    """For every entry the sum of those before it along the last axis, of up to 65,536."""
+    parts = jnp.stack([number.low & _LOW, number.low >> 16, number.high])
+    first, second, high = jnp.cumsum(parts, -1, dtype=jnp.uint32) - parts
+    second = second + (first >> 16)
+    return Wide(high + (second >> 16), (first & _LOW) | (second << 16))
 
 
 def round_product(fraction: Any, n: int | Wide) -> Wide:
@@ -124,14 +140,3 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     )
     rounded = Wide(halves.high >> 1, (halves.low >> 1) | (halves.high << 31))
     return add(rounded, from_uint32(halves.low & 1))
-
-
-def _parts(number: Wide) -> jax.Array:
-    """The low word in two halves, and the high word: sums of each stay below 2^32."""
-    return jnp.stack([number.low & _LOW, number.low >> 16, number.high])
-
-
-def _joined(sums: jax.Array) -> Wide:
-    first, second, high = sums
-    second = second + (first >> 16)
-    return Wide(high + (second >> 16), (first & _LOW) | (second << 16))

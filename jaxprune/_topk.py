@@ -21,9 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _counting, _exact, _placement
-from jaxprune._brackets import Brackets, Keys, Ranks, move, ranks, renew, settle
+from jaxprune import _counting, _exact, _placement, _tree
+from jaxprune._brackets import Brackets, Keys, Ranks, narrow, ranks, renew, settle, within
 from jaxprune._counting import Cut
+from jaxprune._typing import PyTree
+
+_UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
 
 
 @partial(jax.jit, static_argnames="kinds")
@@ -98,6 +101,19 @@ def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     return lax.optimization_barrier(mask)  # or every weight of a unit finds out again
 
 
+@jax.jit
+def any_nan(scores: PyTree) -> jax.Array:
+    """Whether any score is NaN: whether a cut at its key, the last, leaves something out."""
+    leaves = jax.tree.leaves(scores)
+    if not leaves:
+        return jnp.zeros((), bool)
+    problem = _Leaves(leaves, kinds=_tree.kinds(scores))
+    state = _start(problem, None)
+    last = jnp.full_like(state.guesses, problem.keys.number(problem.keys.end - 1))
+    counts = problem.tally(state._replace(guesses=last).cuts(), jnp.int32(0))
+    return jnp.sum((counts < state.size[None]).astype(jnp.float32), 1)[0] > 0
+
+
 class _Shared(NamedTuple):
     budget: _exact.Wide
     costs: tuple[int, ...]
@@ -112,7 +128,7 @@ class _Shared(NamedTuple):
         )
         kept = jnp.maximum(kept, floors)
         plain = all(cost == 1 for cost in self.costs)
-        return _exact.total(_exact.from_uint32(kept) if plain else _exact.multiply(kept, costs))
+        return _exact.total(kept if plain else _exact.multiply(kept, costs))
 
 
 class _Leaves:
@@ -144,7 +160,7 @@ class _Leaves:
             [_weighed(jnp.ones(u.shape, bool), size, tuple(range(u.ndim))) for u, size in pairs]
         )
 
-    def tally(self, cuts: tuple[Cut, Cut], step: jax.Array) -> jax.Array:
+    def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
         grain, sizes = self.keys.grain, self.sizes
         if sizes is None or not any(np.ndim(size) for size in sizes):
@@ -152,20 +168,19 @@ class _Leaves:
                 _count_at(part, cuts, place, step, grain=grain)
                 for part, place in zip(self.parts, self.firsts, strict=True)
             ]
-            sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
-            counts = _counting.counts(sums)
+            counts = _counting.counts(_counting.joined(found))
             return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
         weighed = [
             _weigh_at(part, cuts, place, step, size, grain=grain)
             for part, place, size in zip(self.parts, self.firsts, sizes, strict=True)
         ]
-        return jnp.stack([jnp.concatenate(counts) for counts in zip(*weighed, strict=True)])
+        return jnp.concatenate(weighed, 1)
 
     def masks(self, state: Brackets) -> list[jax.Array]:
-        """What the first guesses keep, leaf by leaf."""
-        cut, masks = state.cut(0), {}
+        """What the guesses of a finished search keep, leaf by leaf."""
+        cuts, masks = state.cuts(), {}
         for part, first, members in zip(self.parts, self.firsts, self.members, strict=True):
-            kept = _mask_at(part, cut, first, state.step, grain=self.keys.grain)
+            kept = _mask_at(part, cuts, first, state.step, grain=self.keys.grain)
             for place, i in enumerate(members):
                 masks[i] = _counting.pick(kept, np.uint32(place), 1)[0]
         return [masks[i] for i in range(len(self.leaves))]
@@ -180,14 +195,14 @@ class _Slices:
     def whole(self) -> Any:
         return np.uint32(math.prod(self.leaves[0].shape[axis] for axis in self.axes))
 
-    def tally(self, cuts: tuple[Cut, Cut], step: jax.Array) -> jax.Array:
+    def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         found = _counting.count(self.leaves[0], cuts, step, self.axes, self.keys.grain)
         return _counting.counts(found)
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         (leaf,) = self.leaves
         index = _counting.indices(leaf.shape, self.axes, state.step)
-        return [_counting.kept(leaf, state.cut(0), index, self.keys.grain)]
+        return [_counting.kept(leaf, state.cuts().both()[0], index, self.keys.grain)]
 
 
 @partial(jax.jit, static_argnames="grain")
@@ -198,31 +213,32 @@ def _count_at(part, cuts, first, step, *, grain) -> _counting.Sums:
     """
     axes = tuple(range(1, part.ndim))
     sums = _counting.count(part, _entries(cuts, first, part), step, axes, grain)
-    return jax.tree.map(jnp.ravel, sums)
+    return jax.tree.map(lambda x: x.reshape(2, len(part)), sums)
 
 
 @partial(jax.jit, static_argnames="grain")
-def _weigh_at(part, cuts, first, step, size, *, grain) -> tuple[jax.Array, jax.Array]:
+def _weigh_at(part, cuts, first, step, size, *, grain) -> jax.Array:
     """The same in weights, of a part of units that hold ``size`` of them."""
     axes = tuple(range(1, part.ndim))
     index = _counting.indices(part.shape, axes, step)
-    one, two = (
+    weighed = [
         _weighed(_counting.kept(part, cut, index, grain), size, axes)
-        for cut in _entries(cuts, first, part)
-    )
-    return one, two
+        for cut in _entries(cuts, first, part).both()
+    ]
+    return jnp.stack(weighed)
 
 
 @partial(jax.jit, static_argnames="grain")
-def _mask_at(part, cut, first, step, *, grain) -> jax.Array:
+def _mask_at(part, cuts, first, step, *, grain) -> jax.Array:
     index = _counting.indices(part.shape, tuple(range(1, part.ndim)), step)
-    kept = _counting.kept(part, _entries(cut, first, part), index, grain)
+    kept = _counting.kept(part, _entries(cuts, first, part).both()[0], index, grain)
     return kept if len(part) == 1 else lax.optimization_barrier(kept)
 
 
-def _entries(cuts: Any, first: jax.Array, part: jax.Array) -> Any:
-    shape = (len(part), *[1] * (part.ndim - 1))
-    return jax.tree.map(lambda x: _counting.pick(x, first, len(part)).reshape(shape), cuts)
+def _entries(cuts: Cut, first: jax.Array, part: jax.Array) -> Cut:
+    shape = (2, len(part), *[1] * (part.ndim - 1))
+    picked = _counting.pick(cuts, first, len(part), axis=1)
+    return jax.tree.map(lambda x: x.reshape(shape), picked)
 
 
 def _weighed(view: jax.Array, size: Any, axes: tuple[int, ...]) -> jax.Array:
@@ -238,34 +254,50 @@ def _search(
     *,
     counts_only: bool = False,
 ) -> Brackets:
-    """Narrow every bracket until its cut keeps exactly what is wanted."""
+    """Narrow every bracket until its cut keeps exactly what is wanted.
+
+    With a shared budget all brackets are first one, over keys, until the key is found that the
+    budget ends at; then each leaf's count is known.
+    """
     state = _start(problem, want)
-    if shared is None:
-        state, looking, costs = settle(state), jnp.zeros((), bool), None
-    else:
-        looking, costs = state.step == 0, shared.spent(jnp.stack([state.below, state.above]))
+    looking, spent = jnp.zeros((), bool), None
+    if shared is not None:
+        looking, spent = state.step == 0, shared.spent(state.kept)
+    everything = jax.tree.map(lambda ends: ends[1], spent)
 
     def unfinished(carry):
         state, looking, _ = carry
-        return looking if counts_only else looking | ~jnp.all(state.done)
+        return looking if counts_only else looking | state.unfinished()
 
-    def narrow(carry):
-        state, looking, ends = carry
-        counts = problem.tally((state.cut(0), state.cut(1)), state.step)
-
-        def each():
-            moved = move(state, counts)
-            return moved, ranks(moved), looking, ends
-
+    def narrower(carry):
+        state, looking, spent = carry
+        counts = problem.tally(state.cuts(), state.step)
+        over = counts[0] >= state.want, counts[1] >= state.want
         if shared is None:
-            state, ranked, looking, ends = each()
-        else:
-            all_costs = jax.tree.map(lambda ends: ends[1], costs)
-            together = partial(_move_shared, problem.keys, state, counts, ends, all_costs, shared)
-            state, ranked, looking, ends = lax.cond(looking, together, each)
-        return renew(problem.keys, state, ranked), looking, ends
+            state = settle(narrow(state, over, counts))
+            return renew(problem.keys, state, ranks(state)), looking, spent
+        now = shared.spent(counts)
+        first, second = _exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
+        beyond = first, second
+        over = jnp.where(looking, first, over[0]), jnp.where(looking, second, over[1])
+        state = narrow(state, over, counts)
+        spent = jax.tree.map(partial(within, beyond), spent, now)
+        least, most = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
+        rest = _exact.subtract(shared.budget, least)
+        apart = (state.ends[1] - state.ends[0] > 1)[0]
+        still = looking & ((rest.high | rest.low) > 0) & apart
+        share = partial(_share_out, problem.keys, state, rest, shared)
+        state = settle(lax.cond(looking & ~still, share, lambda: state))
+        costs = least, rest, _exact.subtract(most, least), everything
+        ranked = Ranks(
+            *(
+                jnp.where(still, _exact.to_float(cost), own)
+                for cost, own in zip(costs, ranks(state), strict=True)
+            )
+        )
+        return renew(problem.keys, state, ranked), still, spent
 
-    return lax.while_loop(unfinished, narrow, (state, looking, costs))[0]
+    return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
 
 def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
@@ -275,80 +307,33 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
     zero = jnp.zeros(shape, jnp.uint32)
     if any(_placement.typed_by_mesh(leaf) for leaf in problem.leaves):
         # Counts of an empty cut are zero, and of the type that a loop requires of its carry.
-        low = zero.astype(keys.dtype)
-        zero = problem.tally((Cut(low, low, low),) * 2, jnp.int32(0))[0]
+        nothing = jnp.stack([zero.astype(keys.dtype)] * 2)
+        zero = problem.tally(Cut(nothing, nothing), jnp.int32(0))[0]
     low = zero.astype(keys.dtype)
     size = zero + jnp.asarray(whole, jnp.uint32)
-    first = [keys.number(keys.power(exponent)) for exponent in (0, -10)]
+    first = [low + keys.number(keys.power(exponent)) for exponent in (0, -10)]
     return Brackets(
-        low=low,
-        high=low + keys.number(keys.end),
-        below=zero,
-        above=size,
+        ends=jnp.stack([low, low + keys.number(keys.end)]),
+        kept=jnp.stack([zero, size]),
         size=size,
-        want=size if want is None else want + zero,
-        tie=low,
-        tied=zero > 0,
+        want=zero + (np.uint32(_UNKNOWN) if want is None else want),
+        tie=low + keys.number(keys.none),
         wide=zero > 0,
-        done=zero > 0,
-        guesses=jnp.stack([low + key for key in first]),
+        guesses=jnp.stack(first),
         step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
     )
 
 
-def _move_shared(
-    keys: Keys,
-    state: Brackets,
-    counts: jax.Array,
-    ends: _exact.Wide,
-    everything: _exact.Wide,
-    shared: _Shared,
-) -> tuple[Brackets, Ranks, jax.Array, _exact.Wide]:
-    """One key for all leaves; once found, each leaf's count is known and its bracket small.
-
-    ``ends`` is what the weights at the two ends of the bracket cost, ``everything`` what all cost.
-    """
-    now = shared.spent(counts)
-    fits = ~_exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
-    none, both = ~fits[0], fits[1]
-
-    def part(ends, guesses):
-        """The part of the bracket that the budget ends in."""
-        return (
-            jnp.where(none, ends[0], jnp.where(both, guesses[1], guesses[0])),
-            jnp.where(none, guesses[0], jnp.where(both, ends[1], guesses[1])),
-        )
-
-    low, high = part((state.low, state.high), state.guesses)
-    below, above = part((state.below, state.above), counts)
-    ends = jax.tree.map(lambda ends, guesses: jnp.stack(part(ends, guesses)), ends, now)
-    halved = high - low <= (state.high - state.low) >> 1
-    state = state._replace(low=low, high=high, below=below, above=above, wide=~halved & ~state.wide)
-    least, most = (jax.tree.map(lambda x, i=i: x[i], ends) for i in (0, 1))
-    rest = _exact.subtract(shared.budget, least)
-    looking = ((rest.high | rest.low) > 0) & (high - low > 1)[0]
-
-    def go_on():
-        costs = (least, rest, _exact.subtract(most, least), everything)
-        return state, Ranks(*(jnp.broadcast_to(_exact.to_float(x), state.low.shape) for x in costs))
-
-    def share_out():
-        floors = np.array(shared.floors, np.uint32)
-        base = jnp.maximum(state.below, floors)
-        want = base + _spend(rest, jnp.maximum(state.above, floors) - base, shared)
-        inside = want <= state.above
-        found = settle(
-            state._replace(
-                want=want,
-                low=jnp.where(inside, state.low, state.high),
-                below=jnp.where(inside, state.below, state.above),
-                high=jnp.where(inside, state.high, keys.number(keys.end)),
-                above=jnp.where(inside, state.above, state.size),
-            )
-        )
-        return found, ranks(found)
-
-    return *lax.cond(looking, go_on, share_out), looking, ends
+def _share_out(keys: Keys, state: Brackets, rest: _exact.Wide, shared: _Shared) -> Brackets:
+    """Where one key for all leaves is found, the count of each, and its bracket from there on."""
+    (low, high), (below, above) = state.ends, state.kept
+    base = jnp.maximum(below, np.array(shared.floors, np.uint32))
+    room = jnp.maximum(above, base) - base
+    want = base + _spend(rest, room, shared)
+    inside = want <= above
+    ends = jnp.where(inside, low, high), jnp.where(inside, high, keys.number(keys.end))
+    kept = jnp.where(inside, below, above), jnp.where(inside, above, state.size)
+    return state._replace(want=want, ends=jnp.stack(ends), kept=jnp.stack(kept))
 
 
 def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:

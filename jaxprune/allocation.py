@@ -314,21 +314,18 @@ def _webster(
         whole = _exact.add(high, _exact.from_uint32(carried.high))
         return jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
 
-    def spent(kept):
-        return _exact.total(_exact.from_uint32(kept))
-
-    def try_bit(i, multiplier):
+    def try_bit(i, words):
         bit = np.uint32(1 << 31) >> (i % 32).astype(jnp.uint32)
-        high, low = (jnp.where((i < 32) == upper, bit, 0) for upper in (True, False))
-        trial = _exact.Wide(multiplier.high | high, multiplier.low | low)
-        return _exact.where(_exact.less(budget, spent(seats(trial))), multiplier, trial)
+        trial = words | jnp.where(i // 32 == np.arange(2, dtype=np.int32), bit, 0)
+        over = _exact.less(budget, _exact.total(seats(_exact.Wide(*trial))))
+        return jnp.where(over, words, trial)
 
     # Zero, with the varying axes that budget and weights have under shard_map.
-    none = jax.tree.map(lambda word: (word + weights[0]) * np.uint32(0), budget)
-    multiplier = lax.fori_loop(0, _MULTIPLIER_BITS, try_bit, none)
+    none = (jnp.stack(budget) + weights[0]) * np.uint32(0)
+    multiplier = _exact.Wide(*lax.fori_loop(0, _MULTIPLIER_BITS, try_bit, none))
     kept = seats(multiplier)
     more = seats(_exact.add(multiplier, _exact.constant(1))) > kept
-    left = _exact.subtract(budget, spent(kept)).low
+    left = _exact.subtract(budget, _exact.total(kept)).low
 
     next_seat = 2 * kept + 1  # below 2^32: kept is below 2^31
     shape = (len(weights),) * 2
@@ -339,8 +336,9 @@ def _webster(
     index = jnp.arange(len(weights))
     earlier = index[None, :] < index[:, None]
     before = _exact.less(theirs, mine) | (_exact.equal(theirs, mine) & earlier)
-    rank = jnp.sum(before & more[None, :], 1, dtype=jnp.uint32)
-    seated = (kept + (more & (rank < left)).astype(jnp.uint32)).astype(jnp.int32)
+    rank = jnp.sum((before & more[None, :]).astype(jnp.float32), 1)
+    last = more & (rank.astype(jnp.int32) < left.astype(jnp.int32))
+    seated = (kept + last.astype(jnp.uint32)).astype(jnp.int32)
     # Without the barrier every leaf's count is compiled, and computed, from the beginning.
     return lax.optimization_barrier(seated)
 

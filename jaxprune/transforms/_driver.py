@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _counting, _tree
+from jaxprune import _checks, _topk, _tree
 from jaxprune._placement import placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
@@ -169,7 +169,7 @@ def shrinking(
     def propose(old, step, scores):
         alive = _tree.map_governed(bury, old, scores)
         new, wanted = remask(alive, step, old)
-        return _tree.map_governed(jnp.logical_and, old, new), wanted, _counting.any_nan(alive)
+        return _tree.map_governed(jnp.logical_and, old, new), wanted, _topk.any_nan(alive)
 
     return masked_training(
         inner,
