@@ -1,11 +1,15 @@
-"""Checks of numbers that a user gives."""
+"""Checks of what a user gives: numbers, keys, batches, and the functions of the pipeline."""
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_END = np.int32(np.iinfo(np.int32).max)  # the last step that there is
+_ROUNDING = 1e-5  # of a schedule computed in float32
 
 
 def is_concrete(value: Any) -> bool:
@@ -27,32 +31,125 @@ def check_min_keep(min_keep: int) -> None:
         raise ValueError(f"min_keep is {min_keep}; it counts weights, 0 or more")
 
 
-def check_trigger(when: Any) -> None:
-    """Raise a ``TypeError`` for a trigger that is no function."""
-    if not callable(when):
-        raise TypeError(f"when is {when!r}; it is a function of the step, such as jp.every(10)")
+def check_key(key: Any, *, optional: bool = False) -> None:
+    """Raise a ``TypeError`` unless ``key`` is one PRNG key, typed or raw."""
+    if optional and key is None:
+        return
+    given = repr(key)
+    if isinstance(key, (jax.Array, np.ndarray)):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.shape == () if typed else key.dtype == jnp.uint32 and key.ndim == 1:
+            return
+        given = f"an array of type {key.dtype} and shape {key.shape}"
+    raise TypeError(f"key is {given}; it is one PRNG key, such as jax.random.key(0)")
+
+
+def check_batches(batches: Any) -> None:
+    """Raise a ``TypeError`` for one batch where an iterable of batches belongs."""
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        what = f"one array of shape {batches.shape}" if hasattr(batches, "shape") else "one mapping"
+        raise TypeError(
+            f"batches is {what}; it is an iterable of batches: give [x] for the one batch x"
+        )
+
+
+class _Step(NamedTuple):
+    """The arguments of a step of the pipeline, and functions that take them."""
+
+    arguments: tuple[str, ...]
+    examples: str
+
+
+_STEPS = {
+    "saliency": _Step(
+        ("params", "grads"),
+        "jp.magnitude or jp.taylor; what needs data, such as jp.snip, comes first: scores = "
+        "jp.select(jp.snip(loss, params, batches)), then jp.mask_topk(scores, "
+        "jp.allocate_global(scores, sparsity))",
+    ),
+    "allocate": _Step(("scores", "sparsity"), "jp.allocate_global or jp.allocate_by_path({...})"),
+    "mask": _Step(
+        ("scores", "keep"),
+        "jp.mask_topk, jp.gradual_n_m(2, 4, axis=0) or functools.partial(jp.mask_groups, axes=0)",
+    ),
+    "method": _Step(
+        ("params", "grams", "sparsity"), "jp.sparsegpt, jp.alps or jp.by_saliency(jp.wanda)"
+    ),
+    "criterion": _Step(("params", "norms"), "jp.wanda or jp.magnitude"),
+    "prunable": _Step(("path", "leaf"), "jp.matching('kernel')"),
+    "schedule": _Step(("step",), "jp.cubic_sparsity(0.9, 1_000)"),
+    "when": _Step(("step",), "jp.every(10)"),
+}
+
+
+def check_step(kind: str, value: Any, name: str | None = None, *keywords: str) -> None:
+    """Raise a ``TypeError`` unless ``value`` can be called as a step of the pipeline is.
+
+    Args:
+      kind: which step.
+      value: what a user gave for it.
+      name: what the user calls it; the kind by default.
+      *keywords: of the call, besides the arguments of the step.
+    """
+    arguments, examples = _STEPS[kind]
+    name = name or kind
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r}; it is a function, such as {examples}")
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # a builtin may have none
+        return
+    try:
+        signature.bind(*arguments, **dict.fromkeys(keywords))
+    except TypeError as error:
+        call = ", ".join([*arguments, *(f"{keyword}=" for keyword in keywords)])
+        raise TypeError(
+            f"{name} is {getattr(value, '__name__', value)}, which cannot be called "
+            f"with ({call}): {error}; give a function such as {examples}"
+        ) from error
+
+
+def check_steps(**steps: Any) -> None:
+    """``check_step`` for each kind."""
+    for kind, value in steps.items():
+        check_step(kind, value)
 
 
 def as_schedule(value: Any, name: str, check: Callable[[Any, str], None]) -> Callable[[Any], Any]:
     """A number or schedule as a schedule; a number is checked now."""
     if callable(value):
+        check_step("schedule", value, name)
         return value
     check(value, name)
     return lambda step: jnp.asarray(value, jnp.float32)
 
 
-def check_function(value: Any, name: str, example: str) -> None:
-    """Raise a ``TypeError`` for a step of the pipeline that is no function."""
-    if not callable(value):
-        raise TypeError(f"{name} is {value!r}; it is a function, such as {example}")
+def as_fraction(value: Any, name: str, *, at: Any = _END) -> Callable[[Any], Any]:
+    """As ``as_schedule``; of a schedule, the value at one step must be a fraction too.
+
+    By default that is the last step there is. Other steps are seen when they come, and clamped.
+    """
+    schedule = as_schedule(value, name, check_sparsity)
+    found = _evaluated(schedule, at)
+    if is_concrete(found) and not -_ROUNDING <= float(found) <= 1.0 + _ROUNDING:
+        when = "in the end" if at == _END else f"at step {at}"
+        raise ValueError(
+            f"{name} is a schedule that is {float(found):.6g} {when}; it gives fractions, numbers "
+            "in [0, 1], not percent"
+        )
+    return schedule
+
+
+def _evaluated(schedule: Callable[[Any], Any], step: Any) -> Any:
+    with jax.ensure_compile_time_eval():
+        return schedule(step)
 
 
 class Target:
     """What a schedule comes to in the end, under a name that checkpoints compare."""
 
     def __init__(self, schedule: Callable[[Any], Any]):
-        with jax.ensure_compile_time_eval():
-            self.value = schedule(np.int32(np.iinfo(np.int32).max))
+        self.value = _evaluated(schedule, _END)
         self.name = f"{float(self.value):.6g}" if is_concrete(self.value) else "traced"
 
     def start(self) -> dict[str, jax.Array]:

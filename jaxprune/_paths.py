@@ -54,17 +54,15 @@ def match(tree: PyTree, rules: Mapping[str, Any]) -> dict[str, str | None]:
     return taken
 
 
-def rule_names(function: Any, tree: PyTree) -> dict[str, str]:
-    """What ``function`` does to each governed path, in words."""
+def rules_of(function: Any, tree: PyTree) -> dict[str, Any]:
+    """The rule of ``function`` for each governed path; itself where it has no rules."""
     words = getattr(function, "keywords", {})
     rules = words.get("rules", words.get("units"))
     if not isinstance(rules, Mapping):
-        return {
-            path: name(function) for path, leaf in _tree.leaves_with_paths(tree) if leaf is not None
-        }
+        return {path: function for path, leaf in _tree.leaves_with_paths(tree) if leaf is not None}
     taken = match(tree, rules)
     return {
-        path: name(words.get("default") if pattern is None else rules[pattern])
+        path: words.get("default") if pattern is None else rules[pattern]
         for path, pattern in taken.items()
     }
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import _checks
 from jaxprune._typing import Params, Prunable, PyTree
 
 _NNX_VALUES = ("value", "raw_value")
@@ -153,11 +154,7 @@ def select(params: Params, prunable: Prunable = kernels) -> Params:
       >>> jp.select({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})["bias"] is None
       True
     """
-
-    if not callable(prunable):
-        raise TypeError(
-            f"prunable is {prunable!r}; it is a function, such as jp.matching('kernel')"
-        )
+    _checks.check_steps(prunable=prunable)
 
     def pick(path, leaf):
         name = path_str(path)

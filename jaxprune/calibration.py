@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _jaxpr, _rows, _trail, _tree, _walk
+from jaxprune import _checks, _jaxpr, _rows, _trail, _tree, _walk
 from jaxprune._typing import Params, Prunable, PyTree
 from jaxprune._walk import Meeting, Use
 
@@ -146,6 +146,7 @@ def input_norms(
     Raises:
       ValueError: if no matmul consumes a governed leaf, two contract it over different axes, or
         there is no batch.
+      TypeError: if ``batches`` is one array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -195,6 +196,7 @@ def input_grams(
     Raises:
       ValueError: if no matmul consumes a governed leaf, two contract it over different axes, or
         there is no batch.
+      TypeError: if ``batches`` is one array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -308,6 +310,7 @@ def as_args(batch: Any) -> tuple[Any, ...]:
 
 def _stream(apply, params, batches, prunable, statistic):
     """The statistic of every governed leaf, summed over batches, and how the leaves are used."""
+    _checks.check_batches(batches)
     leaves = governed_leaves(params, prunable)
     uses: dict[int, Use] = {}
 

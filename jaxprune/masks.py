@@ -225,8 +225,7 @@ def unpack_masks(packed: PyTree, params: Params) -> Masks:
 
 def allocate_and_mask(scores: Scores, sparsity: Any, allocate: Allocation, mask: Masking) -> Masks:
     """``mask(scores, allocate(scores, sparsity))``; a global threshold is not looked for twice."""
-    _checks.check_function(allocate, "allocate", "jp.allocate_global or jp.allocate_by_path({...})")
-    _checks.check_function(mask, "mask", "jp.mask_topk or jp.gradual_n_m(2, 4, axis=0)")
+    _checks.check_steps(allocate=allocate, mask=mask)
     call, options = (
         (allocate.func, allocate.keywords) if isinstance(allocate, partial) else (allocate, {})
     )

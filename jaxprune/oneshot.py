@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxprune import _tree
+from jaxprune import _checks, _tree
 from jaxprune._tree import kernels, select
 from jaxprune._typing import Allocation, Masking, Masks, Params, Prunable, Saliency
 from jaxprune.allocation import allocate_global
@@ -38,7 +38,7 @@ def prune(
 
     Raises:
       ValueError: for a concrete sparsity outside [0, 1], nothing prunable, or missing gradients.
-      TypeError: if a selected leaf is not floating.
+      TypeError: if a selected leaf is not floating, or a step of the pipeline cannot be called.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -49,6 +49,7 @@ def prune(
       Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks,
       2015.
     """
+    _checks.check_steps(saliency=saliency, allocate=allocate, mask=mask)
     governed = select(params, prunable)
     masks = allocate_and_mask(saliency(governed, grads), sparsity, allocate, mask)
     _tree.check_masks(masks, governed)

@@ -10,12 +10,15 @@ from jaxprune._tree import kernels
 from jaxprune._typing import Allocation, Masking, Params, Prunable
 from jaxprune.allocation import allocate_uniform
 from jaxprune.masks import mask_topk
-from jaxprune.saliency.accumulate import memory_of, score
+from jaxprune.saliency.accumulate import check_criterion, memory_of, score
 from jaxprune.saliency.weights import magnitude
 
 
 class LeafPlan(NamedTuple):
-    """One governed leaf: its rules in words, its budget, and how much of it the structure keeps."""
+    """One governed leaf: its rules in words, its budget, and how much of it the structure keeps.
+
+    ``note`` says where N:M is not what comes of it: an allocation gave more or less.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -24,6 +27,7 @@ class LeafPlan(NamedTuple):
     budget: int
     kept: int
     size: int
+    note: str
 
 
 class Plan(NamedTuple):
@@ -52,7 +56,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         table, feet = self._rows()
-        return _table.text(table, left=(0, 1, 2, 3), feet=feet)
+        return _table.text(table, left=(0, 1, 2, 3, 7), feet=feet)
 
     def __repr__(self) -> str:
         return str(self)
@@ -68,14 +72,14 @@ class Plan(NamedTuple):
             kept, size = sum(row.kept for row in rows), sum(row.size for row in rows)
             return (*first, f"{kept:,}", f"{size:,}", f"{_sparsity(rows):.4%}")
 
-        head = ("leaf", "shape", "allocation", "structure", "kept", "size", "sparsity")
+        head = ("leaf", "shape", "allocation", "structure", "kept", "size", "sparsity", "")
         body = [
-            cells([row], row.path, str(row.shape), row.allocation, row.structure)
+            (*cells([row], row.path, str(row.shape), row.allocation, row.structure), row.note)
             for row in self.leaves
         ]
-        body += [(path, "", "not governed", "", "", "", "") for path in self.others]
-        parts = [cells(self._of(name), "", "", "", name) for name in self.by_structure]
-        total = cells(self.leaves, "total", "", f"asked for {self.requested:.4%}", "")
+        body += [(path, "", "not governed", "", "", "", "", "") for path in self.others]
+        parts = [(*cells(self._of(name), "", "", "", name), "") for name in self.by_structure]
+        total = (*cells(self.leaves, "total", "", f"asked for {self.requested:.4%}", ""), "")
         feet = [*parts, total] if len(parts) > 1 else [total]
         return [head, *body, *feet], len(feet)
 
@@ -125,6 +129,9 @@ def explain(
       total          asked for 75.0000%               12    24  50.0000%
     """
     _checks.check_sparsity(sparsity)
+    _checks.check_steps(allocate=allocate, mask=mask)
+    check_criterion(saliency)
+    _checks.check_key(key, optional=True)
     governed = _tree.select(params, prunable)
     ask, _ = score(saliency, governed, grads, memory_of(saliency, governed), key)
     scores = ask()
@@ -132,16 +139,29 @@ def explain(
     masks = mask(scores, keep)
     _tree.check_masks(masks, governed)
     counts, found = (dict(_tree.leaves_with_paths(tree)) for tree in (keep, masks))
-    allocations, structures = (_paths.rule_names(f, scores) for f in (allocate, mask))
+    allocations, structures = (_paths.rules_of(f, scores) for f in (allocate, mask))
     rows, others = list[LeafPlan](), list[str]()
     for path, leaf in _tree.leaves_with_paths(governed):
         if leaf is None:
             others.append(path)
             continue
         kept = int(np.count_nonzero(found[path]))
-        words = allocations[path], structures[path]
-        rows.append(LeafPlan(path, tuple(leaf.shape), *words, int(counts[path]), kept, leaf.size))
+        words = _paths.name(allocations[path]), _paths.name(structures[path])
+        note = _against_n_m(structures[path], kept, leaf.size)
+        budget = int(counts[path])
+        rows.append(LeafPlan(path, tuple(leaf.shape), *words, budget, kept, leaf.size, note))
     return Plan(tuple(rows), float(sparsity), tuple(others))
+
+
+def _against_n_m(structure: Any, kept: int, size: int) -> str:
+    """How a leaf under a gradual N:M differs from it."""
+    if not hasattr(structure, "n_m"):
+        return ""
+    n, m = structure.n_m
+    exact = size // m * n
+    if kept == exact:
+        return ""
+    return f"{'not' if kept > exact else 'within'} {n}:{m}, which keeps {exact:,}"
 
 
 def _sparsity(rows: Any) -> float:

@@ -92,6 +92,7 @@ class Summary(NamedTuple):
       target: the sparsity asked for in the end, likewise.
       others: weights of the model that are not governed.
       revived: weights that are masked and yet not zero.
+      step: updates done so far, where the optimizer state knows it.
     """
 
     leaves: tuple[LeafSummary, ...]
@@ -99,6 +100,7 @@ class Summary(NamedTuple):
     target: float | None
     others: int
     revived: int
+    step: int | None
 
     @property
     def kept(self) -> int:
@@ -139,18 +141,25 @@ class Summary(NamedTuple):
             return ""
         wanted = f"asked for {self.requested:.4%}"
         if self.target is not None and self.target != self.requested:
-            wanted += f" so far, {self.target:.4%} in the end"
+            wanted = f"last {wanted}, the schedule ends at {self.target:.4%}"
         if abs(self.kept - self.size * (1 - self.requested)) > 1:
             wanted += f", nearest that floors, rules and whole units reach: {self.sparsity:.4%}"
         return wanted
 
-    def _table(self) -> list[tuple[str, ...]]:
-        others = f"{self.others:,} weights not governed" if self.others else ""
-        revived = (
+    def _astray(self) -> str:
+        """Why masked weights are not zero."""
+        if not self.revived:
+            return ""
+        if self.step == 0:
+            return f"{self.revived:,} masked weights are not zero yet: the first update zeroes them"
+        return (
             f"{self.revived:,} MASKED WEIGHTS ARE NOT ZERO: apply_masks, or put jaxprune's "
             "transform outermost"
         )
-        parts = (self._wanted(), others, revived if self.revived else "")
+
+    def _table(self) -> list[tuple[str, ...]]:
+        others = f"{self.others:,} weights not governed" if self.others else ""
+        parts = (self._wanted(), others, self._astray())
         note = "; ".join(part for part in parts if part)
         rows = [
             (
@@ -190,7 +199,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
       ------------------------------------
       total              2     4  50.0000%
     """
-    requested = target = None
+    requested = target = step = None
     if masks is None:
         masks = jax.tree.map(lambda p: p != 0, _tree.select(params))
     else:
@@ -200,6 +209,8 @@ def summarize(params: Params, masks: Any = None) -> Summary:
             if len(known) == 1 and not math.isnan(_value(known[0].sparsity)):
                 requested = float(_value(known[0].sparsity))
                 (target,) = (float(_value(v)) for v in known[0].target.values())
+            if len(known) == len(states):
+                step = max(int(_value(s.step)) for s in known)
             masks = get_masks(masks, params)
     _tree.check_masks(masks, params)
     rows: list[LeafSummary] = []
@@ -218,7 +229,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
         rows.append(LeafSummary(path, tuple(leaf.shape), kept, mask.size, note))
     if not rows:
         raise ValueError("nothing to summarize: no leaf is governed")
-    return Summary(tuple(rows), requested, target, others, revived)
+    return Summary(tuple(rows), requested, target, others, revived, step)
 
 
 def _pruning_states(tree: PyTree) -> Iterator[PruningState | MaskedParamsState]:

@@ -13,7 +13,7 @@ from jaxprune import _checks, _paths, _tree
 from jaxprune._typing import Allocation, Counts, Masking, Masks, Params, PyTree, Saliency, Scores
 from jaxprune.allocation import allocate_uniform
 from jaxprune.masks import check_scores, mask_topk
-from jaxprune.saliency.accumulate import Accumulated
+from jaxprune.saliency.accumulate import Accumulated, check_criterion
 from jaxprune.saliency.weights import magnitude
 
 Share = float | Allocation | None
@@ -53,7 +53,9 @@ def allocate_by_path(
       (8, 4, 2)
     """
     for pattern, share in (*rules.items(), ("default", default)):
-        if share is not None and not callable(share):
+        if callable(share):
+            _checks.check_step("allocate", share, f"rule {pattern!r}")
+        elif share is not None:
             _check_number(pattern, share, "a sparsity, an allocation, or None")
             _checks.check_sparsity(share, f"{pattern!r}: sparsity")
     return partial(_allocate, rules=dict(rules), default=default)
@@ -73,7 +75,7 @@ def mask_by_path(rules: Mapping[str, Masking], *, default: Masking = mask_topk) 
       ``mask(scores, keep) -> masks``.
 
     Raises:
-      TypeError: if a rule is no function.
+      TypeError: if a rule is no masking.
       ValueError: from the masking, for a rule that matches no governed leaf, or only leaves that
         earlier rules take.
 
@@ -85,11 +87,7 @@ def mask_by_path(rules: Mapping[str, Masking], *, default: Masking = mask_topk) 
       [False, False, False, True]
     """
     for pattern, rule in (*rules.items(), ("default", default)):
-        if not callable(rule):
-            raise TypeError(
-                f"{pattern!r}: {rule!r} is no masking; give a function (scores, keep) -> masks "
-                "such as jp.mask_topk or jp.gradual_n_m(2, 4, axis=0)"
-            )
+        _checks.check_step("mask", rule, f"rule {pattern!r}")
     return partial(_mask, rules=dict(rules), default=default)
 
 
@@ -122,6 +120,7 @@ def scale_by_path(
         _check_number(pattern, factor, "a positive number")
         if not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"{pattern!r}: factor is {factor}; give a positive number")
+    check_criterion(saliency)
     scale = partial(_scale, rules=dict(rules), default=default)
     if not isinstance(saliency, Accumulated):
         return partial(_scaled_saliency, saliency=saliency, scale=scale)

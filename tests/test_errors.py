@@ -1,5 +1,7 @@
 """Bad input raises before anything is computed, and says where, what and how to mend it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,3 +226,124 @@ def test_steps_that_are_no_functions():
     for step, value in (("allocate", 0.5), ("mask", "n_m"), ("prunable", "kernel")):
         with pytest.raises(TypeError, match=f"{step} is {value!r}; it is a function, such as jp"):
             jp.prune(PARAMS, 0.5, **{step: value})
+
+
+STEPS = {
+    "saliency": [jp.snip, jp.wanda],
+    "allocate": [jp.allocate_by_path],
+    "mask": [jp.mask_n_m, partial(jp.mask_n_m, n=2, m=4, axis=0), jp.mask_groups, jp.gradual_n_m],
+    "prunable": [jp.matching],
+}
+
+
+@pytest.mark.parametrize(("step", "value"), [(s, v) for s, values in STEPS.items() for v in values])
+def test_steps_that_want_other_arguments(step, value):
+    match = rf"{step} is .*, which cannot be called with \(.*; give a function such as jp"
+    sgd, when, key = optax.sgd(0.1), jp.every(1), jax.random.key(0)
+    wrong = {step: value}
+    dropped = {"drop" if step == "saliency" else step: value}
+    for build in (
+        lambda: jp.prune_gradually(sgd, 0.5, when=when, **wrong),
+        lambda: jp.train_straight_through(sgd, 0.5, when=when, **wrong),
+        lambda: jp.ac_dc(sgd, 0.5, begin=0, period=1, end=2, **wrong),
+        lambda: jp.granet(sgd, 0.5, when=when, key=key, **dropped),
+        lambda: jp.explain(PARAMS, 0.5, **wrong),
+    ):
+        with pytest.raises(TypeError, match=match.replace("saliency is", "(saliency|drop) is")):
+            build()
+    if value is not jp.wanda:
+        with pytest.raises(TypeError, match=match):
+            jp.prune(PARAMS, 0.5, **wrong)
+
+
+def test_what_a_step_that_wants_other_arguments_lacks():
+    with pytest.raises(TypeError, match=r"mask_groups.*'axes'.*partial\(jp.mask_groups, axes=0\)"):
+        jp.prune(PARAMS, 0.5, mask=jp.mask_groups)
+    with pytest.raises(TypeError, match=r"snip.*'batches'.* comes first: scores = "):
+        jp.prune(PARAMS, 0.5, saliency=jp.snip)
+    with pytest.raises(ValueError, match=r"wanda needs norms; pass jp\.input_norms"):
+        jp.prune(PARAMS, 0.5, saliency=jp.wanda)
+    with pytest.raises(TypeError, match=r"sparsity is cubic_sparsity.*'steps'"):
+        WRAPPERS["prune_gradually"](jp.cubic_sparsity)
+    with pytest.raises(TypeError, match=r"rule 'dense' is mask_n_m.*'m'"):
+        jp.mask_by_path({"dense": jp.mask_n_m})
+    with pytest.raises(TypeError, match=r"rule 'dense' is allocate_by_path"):
+        jp.allocate_by_path({"dense": jp.allocate_by_path})
+    for build in (lambda s: jp.scale_by_path({}, saliency=s), lambda s: jp.accumulate(s, 0.5)):
+        with pytest.raises(TypeError, match="saliency is snip"):
+            build(jp.snip)
+    with pytest.raises(TypeError, match=r"saliency is snip.*\(params, norms\)"):
+        jp.by_saliency(jp.snip)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", jp.wanda, jp.magnitude, jp.by_saliency])
+def test_layerwise_methods_that_are_none(method):
+    for target in ({"sparsity": 0.5}, {"n_m": (2, 4)}):
+        with pytest.raises(TypeError, match=r"method is .*jp\.by_saliency\(jp\.wanda\)"):
+            jp.prune_layerwise(_dense, PARAMS, [jnp.ones((2, 4))], method=method, **target)
+
+
+@pytest.mark.parametrize("key", [0, "0", np.uint32(0), jax.random.split(jax.random.key(0), 3)])
+def test_keys_that_are_none(key):
+    sgd, always = optax.sgd(0.1), {"when": jp.every(1)}
+    for call in (
+        lambda: jp.rigl(sgd, 0.5, key=key, drop_fraction=0.3, **always),
+        lambda: jp.sparse_evolutionary(sgd, 0.5, key=key, drop_fraction=0.3, **always),
+        lambda: jp.granet(sgd, 0.5, key=key, **always),
+        lambda: jp.ac_dc(sgd, 0.5, begin=0, period=1, end=2, key=key),
+        lambda: jp.prune_gradually(sgd, 0.5, key=key, **always),
+        lambda: jp.top_kast(sgd, 0.5, key=key, **always),
+        lambda: jp.explain(PARAMS, 0.5, key=key),
+        lambda: jp.random_saliency(SCORES, key=key),
+    ):
+        with pytest.raises(
+            TypeError, match=r"key is .*; it is one PRNG key, .*jax.random.key\(0\)"
+        ):
+            call()
+    with pytest.raises(TypeError, match="key is None"):
+        jp.granet(sgd, 0.5, key=None, **always)
+
+
+def test_raw_keys_pass():
+    jp.random_saliency(SCORES, key=jax.random.PRNGKey(0))
+    jax.eval_shape(lambda key: jp.random_saliency(SCORES, key=key), jax.random.key(0))
+
+
+@pytest.mark.parametrize("schedule", [optax.linear_schedule(0, 90, 100), lambda step: np.nan])
+def test_schedules_in_percent(schedule):
+    sgd, always, key = optax.sgd(0.1), {"when": jp.every(1)}, jax.random.key(0)
+    for build in (
+        lambda: jp.prune_gradually(sgd, schedule, **always),
+        lambda: jp.granet(sgd, schedule, key=key, **always),
+        lambda: jp.train_straight_through(sgd, schedule, **always),
+    ):
+        with pytest.raises(ValueError, match=r"sparsity is a schedule that is (90|nan) in the end"):
+            build()
+    falling = optax.cosine_decay_schedule(30.0, 75)
+    with pytest.raises(ValueError, match="drop_fraction is a schedule that is 30 at step 0"):
+        jp.rigl(sgd, 0.5, key=key, drop_fraction=falling, **always)
+
+
+def test_schedules_that_round_past_one_are_clamped():
+    tx = WRAPPERS["prune_gradually"](lambda step: np.float32(1.0 + 1e-6))
+    assert tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1].sparsity == 1.0
+
+
+@pytest.mark.parametrize("batches", [jnp.ones((2, 4)), np.ones((3, 2, 4)), {"x": jnp.ones((2, 4))}])
+def test_one_batch_where_several_belong(batches):
+    def loss(params, x):
+        return jnp.sum(_dense(params, x))
+
+    for call in (
+        lambda: jp.prune_layerwise(_dense, PARAMS, batches, 0.5),
+        lambda: jp.input_norms(_dense, PARAMS, batches),
+        lambda: jp.input_grams(_dense, PARAMS, batches),
+        lambda: jp.snip(loss, PARAMS, batches),
+        lambda: jp.fisher(loss, PARAMS, batches),
+    ):
+        with pytest.raises(TypeError, match=r"batches is one .*: give \[x\] for the one batch x"):
+            call()
+
+
+def _dense(params, x):
+    return x @ params["dense"]["kernel"]

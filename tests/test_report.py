@@ -1,5 +1,6 @@
 """Reports say what was asked for and what was reached."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -36,6 +37,17 @@ def test_masked_weights_that_are_not_zero_are_reported():
     )
 
 
+def test_masks_that_no_update_has_applied_yet():
+    tx = jp.rigl(
+        optax.sgd(0.0), 0.9, key=jax.random.key(0), when=jp.every(9, begin=9), drop_fraction=0.3
+    )
+    report = jp.summarize(PARAMS, tx.init(PARAMS))
+    assert (report.revived, report.step) == (180, 0)
+    assert "180 masked weights are not zero yet: the first update zeroes them" in str(report)
+    assert jp.summarize(*updated(tx)).revived == 0
+    assert "180 MASKED WEIGHTS ARE NOT ZERO" in str(jp.summarize(PARAMS, updated(tx)[1]))
+
+
 def test_a_schedule_that_stops_short_names_its_end():
     tx = jp.prune_gradually(optax.sgd(0.0), jp.cubic_sparsity(0.9, 8), when=lambda step: step == 4)
     params, state = PARAMS, tx.init(PARAMS)
@@ -45,7 +57,7 @@ def test_a_schedule_that_stops_short_names_its_end():
     report = jp.summarize(params, state)
     assert report.requested == pytest.approx(0.7875)
     assert report.target == pytest.approx(0.9)
-    assert "asked for 78.7500% so far, 90.0000% in the end" in str(report)
+    assert "last asked for 78.7500%, the schedule ends at 90.0000%" in str(report)
 
 
 def test_table_numbers_and_html():

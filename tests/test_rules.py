@@ -161,6 +161,20 @@ def test_the_plan_says_what_the_pipeline_then_does():
     assert moved.sparsity == 0.5
 
 
+def test_the_plan_notes_leaves_that_are_not_n_m():
+    params = {"wide": jnp.ones((8, 32)), "square": jnp.ones((16, 16)), "small": jnp.ones((4, 4))}
+    mask = jp.mask_by_path({"": jp.gradual_n_m(2, 4, axis=0)})
+    options = {"mask": mask, "prunable": jp.matching("")}
+    plan = jp.explain(params, 0.5, allocate=jp.allocate_erk, **options)
+    notes = {row.path: row.note for row in plan.leaves}
+    assert notes["small"] == "not 2:4, which keeps 8"
+    assert notes["square"] == "within 2:4, which keeps 128"
+    assert "not 2:4, which keeps 8" in str(plan)
+    assert "within 2:4" in plan._repr_html_()
+    exact = jp.explain(params, 0.5, allocate=jp.allocate_uniform, **options)
+    assert not any(row.note for row in exact.leaves)
+
+
 def test_the_plan_of_mixed_units_by_granularity():
     from functools import partial
 
@@ -202,7 +216,7 @@ def test_bad_rules():
         jp.allocate_by_path({"mlp": "half"})
     with pytest.raises(ValueError, match=r"'default': sparsity is -1"):
         jp.allocate_by_path({}, default=-1.0)
-    with pytest.raises(TypeError, match=r"'mlp': 0.5 is no masking"):
+    with pytest.raises(TypeError, match=r"rule 'mlp' is 0.5; it is a function, such as jp"):
         jp.mask_by_path({"mlp": 0.5})
     for factor in (0.0, -1.0, np.inf, np.nan):
         with pytest.raises(ValueError, match="'mlp': factor is"):

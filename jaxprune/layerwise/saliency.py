@@ -28,7 +28,8 @@ def by_saliency(saliency: Any, *, per_output: bool = True) -> Layerwise:
     Raises:
       ValueError: from the method, if a Gram does not fit its leaf, m does not divide the fan-in, or
         not exactly one of ``sparsity`` and ``n_m`` is given.
-      TypeError: from the method, if a leaf of ``grams`` is not a ``jp.Gram``.
+      TypeError: if ``saliency`` takes other arguments; from the method, if a leaf of ``grams`` is
+        not a ``jp.Gram``.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -37,6 +38,7 @@ def by_saliency(saliency: Any, *, per_output: bool = True) -> Layerwise:
       >>> method({"w": jnp.array([[1.0], [2.0]])}, grams, 0.5)[0]["w"].ravel().tolist()
       [1.0, 0.0]
     """
+    _checks.check_step("criterion", saliency, "saliency")
 
     def method(
         params: Params,

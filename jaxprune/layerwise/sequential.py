@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import _jaxpr, _tree
+from jaxprune import _checks, _jaxpr, _tree
 from jaxprune._typing import Layerwise, Masks, Params, Prunable
 from jaxprune.calibration import (
     Gram,
@@ -87,6 +87,7 @@ def prune_layerwise(
     Raises:
       ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, or
         a Gram is not positive definite.
+      TypeError: if ``batches`` is one array, or ``method`` no layerwise method.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -101,6 +102,8 @@ def prune_layerwise(
       2023 (calibration on the outputs of pruned layers).
     """
     _driver.check_target(sparsity, n_m)
+    _checks.check_step("method", method, None, *([] if n_m is None else ["n_m"]))
+    _checks.check_batches(batches)
     held = [as_args(batch) for batch in batches]
     if not held:
         raise ValueError("no batches to calibrate on; an exhausted generator gives none either")

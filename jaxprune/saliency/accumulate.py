@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _topk, _tree
+from jaxprune import _checks, _topk, _tree
 from jaxprune._typing import Params, PyTree, Saliency, Scores
 from jaxprune.saliency.weights import required_gradients
 
@@ -52,6 +52,7 @@ def accumulate(saliency: Saliency, decay: float) -> Accumulated:
     """
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay is {decay}; it is a number in [0, 1]")
+    _checks.check_step("saliency", saliency, None, "key")
 
     def init(params: Params) -> PyTree:
         return _tree.map_governed(lambda p: jnp.zeros_like(_tree.widen(p)), params)
@@ -87,6 +88,12 @@ gradients.
 Reference:
   Sanh, Wolf, Rush. Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020.
 """
+
+
+def check_criterion(saliency: Any, name: str = "saliency") -> None:
+    """Raise a ``TypeError`` for what a transform cannot take as a saliency."""
+    if not isinstance(saliency, Accumulated):
+        _checks.check_step("saliency", saliency, name, "key")
 
 
 def memory_of(saliency: Any, params: Params) -> PyTree:

@@ -22,7 +22,7 @@ def wanda(params: Params, norms: PyTree) -> Scores:
       Scores like ``params``, float32 or wider, ``None`` where there is no norm.
 
     Raises:
-      ValueError: if a norm does not broadcast against its weight.
+      ValueError: without norms, or if one does not broadcast against its weight.
       TypeError: if a governed leaf is not floating.
 
     Example:
@@ -34,6 +34,8 @@ def wanda(params: Params, norms: PyTree) -> Scores:
       Sun, Liu, Bair, Kolter. A Simple and Effective Pruning Approach for Large Language Models,
       2024.
     """
+    if norms is None:
+        raise ValueError("wanda needs norms; pass jp.input_norms(apply, params, batches)")
 
     def score(path, w, norm):
         _tree.check_prunable(path, w)

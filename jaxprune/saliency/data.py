@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _checks, _tree
 from jaxprune._typing import Params, Scores
 
 Loss = Callable[..., jax.Array]
@@ -27,6 +27,7 @@ def snip(loss: Loss, params: Params, batches: Iterable[Any]) -> Scores:
 
     Raises:
       ValueError: if there is no batch.
+      TypeError: if ``batches`` is one array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -59,6 +60,7 @@ def fisher(loss: Loss, params: Params, batches: Iterable[Any]) -> Scores:
 
     Raises:
       ValueError: if there is no batch.
+      TypeError: if ``batches`` is one array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -91,6 +93,7 @@ def _floating(params: Params) -> Params:
 
 def _mean_over_batches(loss, params, batches, f):
     """The mean of ``f(gradient)`` over batches, float32 or wider, ``None`` where not floating."""
+    _checks.check_batches(batches)
     trained = _floating(params)
 
     def total(total, trained, batch):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _tree
+from jaxprune import _checks, _tree
 from jaxprune._placement import placed_like
 from jaxprune._typing import Params, Scores
 
@@ -133,6 +133,7 @@ def random_saliency(
     del grads
     if key is None:
         raise ValueError("random_saliency needs a PRNG key; pass key=jax.random.key(seed)")
+    _checks.check_key(key)
     order = iter(range(len(_tree.leaves_with_paths(params))))
     numbers = jax.tree.map(lambda _: next(order), params, is_leaf=_tree.is_none)
     return _map(

@@ -63,7 +63,8 @@ def gradual_n_m(n: int, m: int, *, axis: Any) -> Masking:
 
     Every leaf keeps exactly its budget; a budget of n/m, which ``jp.allocate_uniform`` gives at
     sparsity 1 - n/m, is exactly n:m. Allocations that favour some leaves over others, such as
-    ``jp.allocate_global`` and ``jp.allocate_erk``, leave no leaf at n:m. Budgets below n/m keep at
+    ``jp.allocate_global`` and ``jp.allocate_erk``, leave no leaf at n:m, as ``jp.explain`` notes.
+    Budgets below n/m keep at
     most n of each m: with them ``jp.rigl`` drops and regrows inside the pattern.
 
     Args:
@@ -118,6 +119,7 @@ def gradual_n_m(n: int, m: int, *, axis: Any) -> Masking:
         )
 
     mask.__name__ = f"gradual_n_m({n}, {m})"
+    mask.n_m = (n, m)  # type: ignore[attr-defined]
     return mask
 
 

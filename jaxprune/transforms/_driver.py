@@ -1,6 +1,6 @@
 """What the pruning transforms share: their state, and exact zeros around any inner optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jaxprune import _checks, _topk, _tree
 from jaxprune._placement import placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
-from jaxprune.saliency.accumulate import memory_of, score
+from jaxprune.saliency.accumulate import check_criterion, memory_of, score
 from jaxprune.transforms._moments import (
     check_composes,
     check_restartable,
@@ -57,7 +57,7 @@ def masked_training(
     *,
     start: Callable[[Params], tuple[Masks, Any]],
     when: Trigger,
-    criteria: Sequence[Saliency],
+    criteria: Mapping[str, Saliency],
     keys: Callable[[jax.Array], Any],
     target: optax.Schedule,
     regrows: bool,
@@ -73,13 +73,15 @@ def masked_training(
       propose: new masks from old ones and the scores of each criterion.
       start: ``params -> (masks, sparsity)``.
       when: the updates at which masks are proposed.
-      criteria: saliencies, each with or without a memory.
+      criteria: saliencies by the names of their arguments, each with or without a memory.
       keys: ``step -> keys``, one for each criterion.
       target: the sparsity over time, or what else a checkpoint must agree with.
       regrows: whether weights may come back; the optimizer is then checked in ``init``.
       packed: store the masks one bit a weight.
     """
-    _checks.check_trigger(when)
+    _checks.check_steps(when=when)
+    for name, criterion in criteria.items():
+        check_criterion(criterion, name)
     inner = optax.with_extra_args_support(inner)
     goal = _checks.Target(target)
 
@@ -95,7 +97,7 @@ def masked_training(
             sparsity=jnp.asarray(sparsity, jnp.float32),
             target=goal.start(),
             pending=jnp.zeros((), bool),
-            memories=tuple(memory_of(criterion, governed) for criterion in criteria),
+            memories=tuple(memory_of(criterion, governed) for criterion in criteria.values()),
             dense=(),
             inner_state=inner.init(params),
         )
@@ -103,7 +105,7 @@ def masked_training(
     @jax.jit  # compiled once even where update is called eagerly
     def decide(before, step, memories, governed, dense):
         old, sparsity, pending = before
-        parts = zip(criteria, memories, keys(step), strict=True)
+        parts = zip(criteria.values(), memories, keys(step), strict=True)
         scored = [score(c, governed, dense, memory, key) for c, memory, key in parts]
 
         def recompute():
@@ -165,6 +167,8 @@ def shrinking(
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A transform whose masks only lose weights: at a trigger, ``masks & remask(scores)``."""
+    _checks.check_steps(prunable=prunable)
+    _checks.check_key(key, optional=True)
 
     def propose(old, step, scores):
         alive = _tree.map_governed(bury, old, scores)
@@ -176,7 +180,7 @@ def shrinking(
         propose,
         start=lambda params: (starting_masks(params, prunable, masks), 0.0),
         when=when,
-        criteria=(saliency,),
+        criteria={"saliency": saliency},
         keys=lambda step: (key_at(key, step),),
         target=target,
         regrows=False,

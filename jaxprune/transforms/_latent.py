@@ -10,7 +10,7 @@ import optax
 from jaxprune import _checks, _topk, _tree
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, PyTree, Saliency, Trigger
 from jaxprune.masks import allocate_and_mask
-from jaxprune.saliency.accumulate import memory_of, score
+from jaxprune.saliency.accumulate import check_criterion, memory_of, score
 from jaxprune.transforms._driver import (
     PruningState,
     check_update,
@@ -44,14 +44,15 @@ def latent_training(
     The state's ``dense`` holds the dense weights and their ``reach``: the weights that are trained,
     all of them unless there is a ``backward_sparsity``.
     """
-    _checks.check_trigger(when)
+    _checks.check_steps(when=when, allocate=allocate, mask=mask, prunable=prunable)
+    check_criterion(saliency)
+    _checks.check_key(key, optional=True)
     inner = optax.with_extra_args_support(inner)
-    schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
+    schedule = _checks.as_fraction(sparsity, "sparsity")
     goal = _checks.Target(schedule)
     backward = None
     if backward_sparsity is not None:
-        name = "backward_sparsity"
-        backward = _checks.as_schedule(backward_sparsity, name, _checks.check_sparsity)
+        backward = _checks.as_fraction(backward_sparsity, "backward_sparsity")
 
     def init(params):
         start = starting_masks(params, prunable, masks)

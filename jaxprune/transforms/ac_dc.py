@@ -68,6 +68,8 @@ def ac_dc(
       Neural Networks, 2021.
     """
     _checks.check_sparsity(sparsity)
+    _checks.check_steps(allocate=allocate, mask=mask, prunable=prunable)
+    _checks.check_key(key, optional=True)
     if period < 1 or not 0 <= begin <= end:
         raise ValueError(
             f"begin {begin}, period {period}, end {end}: phases need 0 <= begin <= end, period >= 1"
@@ -100,7 +102,7 @@ def ac_dc(
         propose,
         start=lambda params: (starting_masks(params, prunable, masks), 0.0),
         when=when,
-        criteria=(saliency,),
+        criteria={"saliency": saliency},
         keys=lambda step: (key_at(key, step),),
         target=lambda step: sparsity,
         regrows=True,

@@ -59,8 +59,9 @@ def prune_gradually(
       and is tried again at the next step.
 
     Raises:
-      ValueError: for a number outside [0, 1]; from ``init``, if nothing is prunable or the given
-        masks do not fit; from ``update``, without params.
+      ValueError: for a number or the end of a schedule outside [0, 1]; from ``init``, if nothing is
+        prunable or the given masks do not fit; from ``update``, without params.
+      TypeError: for a step of the pipeline that takes other arguments, or a key that is none.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxprune as jp
@@ -71,7 +72,8 @@ def prune_gradually(
       Zhu, Gupta. To prune, or not to prune: exploring the efficacy of pruning for model
       compression, 2017.
     """
-    schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
+    schedule = _checks.as_fraction(sparsity, "sparsity")
+    _checks.check_steps(allocate=allocate, mask=mask)
 
     def remask(scores, step, old):
         del old

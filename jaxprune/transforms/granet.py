@@ -67,8 +67,10 @@ def granet(
     Reference:
       Liu et al. Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, 2021.
     """
-    schedule = _checks.as_schedule(sparsity, "sparsity", _checks.check_sparsity)
+    schedule = _checks.as_fraction(sparsity, "sparsity")
     _checks.check_sparsity(regeneration, "regeneration")
+    _checks.check_steps(allocate=allocate, mask=mask, prunable=prunable)
+    _checks.check_key(key)
 
     def propose(old, step, drops, grows):
         wanted = jnp.clip(jnp.asarray(schedule(step), jnp.float32), 0.0, 1.0)
@@ -81,7 +83,7 @@ def granet(
         propose,
         start=lambda params: (starting_masks(params, prunable, masks), 0.0),
         when=when,
-        criteria=(drop, grow),
+        criteria={"drop": drop, "grow": grow},
         keys=lambda step: jax.random.split(jax.random.fold_in(key, step)),
         target=schedule,
         regrows=True,

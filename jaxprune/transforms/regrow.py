@@ -66,9 +66,10 @@ def prune_and_grow(
       and is tried again at the next step.
 
     Raises:
-      ValueError: for numbers outside [0, 1]; from ``init``, if nothing is prunable, the masks do
-        not fit, or the inner state cannot be matched to weights (SM3, L-BFGS); from ``update``,
-        without params.
+      ValueError: for numbers or the start of ``drop_fraction`` outside [0, 1]; from ``init``, if
+        nothing is prunable, the masks do not fit, or the inner state cannot be matched to weights
+        (SM3, L-BFGS); from ``update``, without params.
+      TypeError: as ``jp.prune_gradually``.
 
     Example:
       >>> import jax, optax, jaxprune as jp
@@ -81,7 +82,9 @@ def prune_and_grow(
       Lottery: Making All Tickets Winners, 2020.
     """
     _checks.check_sparsity(sparsity)
-    fraction = _checks.as_schedule(drop_fraction, "drop_fraction", _checks.check_sparsity)
+    fraction = _checks.as_fraction(drop_fraction, "drop_fraction", at=0)
+    _checks.check_steps(allocate=allocate, mask=mask, prunable=prunable)
+    _checks.check_key(key)
 
     def start(params):
         if masks is not None:
@@ -99,7 +102,7 @@ def prune_and_grow(
         propose,
         start=start,
         when=when,
-        criteria=(drop, grow),
+        criteria={"drop": drop, "grow": grow},
         keys=lambda step: jax.random.split(jax.random.fold_in(key, step + 1)),
         target=lambda step: sparsity,
         regrows=True,
