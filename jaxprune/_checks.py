@@ -125,13 +125,14 @@ def as_schedule(value: Any, name: str, check: Callable[[Any, str], None]) -> Cal
 
 
 def as_fraction(value: Any, name: str, *, at: Any = _END) -> Callable[[Any], Any]:
-    """As ``as_schedule``; of a schedule, the value at one step must be a fraction too.
+    """As ``as_schedule``; of a schedule, the value at one step must not be NaN or in percent.
 
-    By default that is the last step there is. Other steps are seen when they come, and clamped.
+    By default that is the last step there is, where ramps without an end are far beyond 100. What
+    they give on the way is clamped.
     """
     schedule = as_schedule(value, name, check_sparsity)
     found = _evaluated(schedule, at)
-    if is_concrete(found) and not -_ROUNDING <= float(found) <= 1.0 + _ROUNDING:
+    if is_concrete(found) and (np.isnan(float(found)) or 1.0 + _ROUNDING < float(found) <= 100.0):
         when = "in the end" if at == _END else f"at step {at}"
         raise ValueError(
             f"{name} is a schedule that is {float(found):.6g} {when}; it gives fractions, numbers "
