@@ -52,6 +52,12 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return float(np.median(np.divide(ours, theirs)))
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"
+
+
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows, the first of them the head, as a Markdown table."""
     head, *body = [[str(cell) for cell in row] for row in rows]

@@ -256,9 +256,7 @@ def main(argv=None):
     bar.close()
 
     def cell(found):
-        accuracy = [a for a, _ in found]
-        spread = f" ± {np.std(accuracy, ddof=1):.2f}" if len(accuracy) > 1 else ""
-        return f"{np.mean(accuracy):.2f}{spread}"
+        return _timing.spread([a for a, _ in found])
 
     rows = [["method", *(f"{s:.0%}" for s in sparsities)]]
     rows += [
