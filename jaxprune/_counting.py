@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _placement
+from jaxprune import _placement, _tree
 from jaxprune._typing import PyTree
 
 _EXACT = 1 << 24  # whole numbers up to here are floats
@@ -71,10 +71,11 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
     return jnp.minimum(key, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
-def kept(leaf: jax.Array, cut: Cut, index: jax.Array, grain: int) -> jax.Array:
-    """What a cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
-    key = order(leaf, cut.key.dtype, grain)
-    return (key < cut.key) | ((key == cut.key) & (index.astype(cut.end.dtype) < cut.end))
+def kept(leaf: jax.Array, cuts: Sequence[Cut], index: jax.Array, grain: int) -> list[jax.Array]:
+    """What each cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
+    dtype = cuts[0].key.dtype
+    key, index = order(leaf, dtype, grain), index.astype(dtype)
+    return [(key < cut.key) | ((key == cut.key) & (index < cut.end)) for cut in cuts]
 
 
 def count(
@@ -92,7 +93,7 @@ def count(
     leaf, step = lax.optimization_barrier((leaf, step))
     index = indices(leaf.shape, axes, step)
     return lax.platform_dependent(
-        *(kept(leaf, cut, index, grain) for cut in cuts.both()),
+        *kept(leaf, cuts.both(), index, grain),
         cpu=lambda a, b: count_bytes(a, b, axes),
         default=lambda a, b: count_signs(a, b, axes),
     )
@@ -189,12 +190,13 @@ def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
 def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> jax.Array:
     """The position of every entry within its slice along ``axes``, in that order of axes."""
     zero = jnp.broadcast_to(jnp.minimum(step, 0).astype(jnp.uint32), shape)
-    index, stride = zero, 1
+    terms, stride = [], 1
     for axis in reversed(axes):
         # A zero in every term, or some are computed ahead of the loop, each by code of its own.
         place = zero + lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index, stride = index + place * np.uint32(stride), stride * shape[axis]
-    return index
+        terms.append(place if stride == 1 else place * np.uint32(stride))
+        stride *= shape[axis]
+    return reduce(jnp.add, terms, *[] if terms else [zero])
 
 
 def pick(tree: PyTree, first: Any, size: int, axis: int = 0) -> PyTree:
@@ -211,3 +213,14 @@ def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[li
         key = i if alone else (kinds[i], jax.typeof(leaf))  # type: ignore[index]
         found.setdefault(key, []).append(i)
     return list(found.values())
+
+
+def any_nan(scores: PyTree) -> jax.Array:
+    """Whether any score is NaN: only then a sum of sizes is, however many of them are infinite."""
+    leaves = jax.tree.leaves(scores)
+    if not leaves:
+        return jnp.zeros((), bool)
+    parts = members(leaves, _tree.kinds(scores))
+    sums = [jnp.sum(jnp.abs(jnp.stack([leaves[i] for i in part]))) for part in parts]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.isnan(sum(sums))

@@ -22,6 +22,14 @@ def typed_by_mesh(x: Any) -> bool:
     return bool(varies) or explicitly_sharded(x)
 
 
+def full_like(leaf: jax.Array, value: Any) -> jax.Array:
+    """One value in the shape and type of ``leaf``, and sharded so where the type says how."""
+    full = lax.full(jnp.shape(leaf), value, leaf.dtype)
+    return (
+        jax.sharding.reshard(full, jax.typeof(leaf).sharding) if explicitly_sharded(leaf) else full
+    )
+
+
 def placed_like(x: jax.Array, leaf: jax.Array) -> jax.Array:
     """``x``, which does not depend on ``leaf``, sharded as the floating ``leaf`` is."""
     if explicitly_sharded(leaf):

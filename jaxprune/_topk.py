@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _counting, _exact, _placement, _tree
+from jaxprune import _counting, _exact, _placement
 from jaxprune._brackets import Brackets, Keys, Ranks, narrow, ranks, renew, settle, within
 from jaxprune._counting import Cut
-from jaxprune._typing import PyTree
 
 _UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
 
@@ -99,19 +98,6 @@ def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     problem = _Leaves((units,), (sizes,))
     (mask,) = problem.masks(_search(problem, keep.astype(jnp.uint32)[None]))
     return lax.optimization_barrier(mask)  # or every weight of a unit finds out again
-
-
-@jax.jit
-def any_nan(scores: PyTree) -> jax.Array:
-    """Whether any score is NaN: whether a cut at its key, the last, leaves something out."""
-    leaves = jax.tree.leaves(scores)
-    if not leaves:
-        return jnp.zeros((), bool)
-    problem = _Leaves(leaves, kinds=_tree.kinds(scores))
-    state = _start(problem, None)
-    last = jnp.full_like(state.guesses, problem.keys.number(problem.keys.end - 1))
-    counts = problem.tally(state._replace(guesses=last).cuts(), jnp.int32(0))
-    return jnp.sum((counts < state.size[None]).astype(jnp.float32), 1)[0] > 0
 
 
 class _Shared(NamedTuple):
@@ -202,7 +188,7 @@ class _Slices:
     def masks(self, state: Brackets) -> list[jax.Array]:
         (leaf,) = self.leaves
         index = _counting.indices(leaf.shape, self.axes, state.step)
-        return [_counting.kept(leaf, state.cuts().both()[0], index, self.keys.grain)]
+        return _counting.kept(leaf, state.cuts().both()[:1], index, self.keys.grain)
 
 
 @partial(jax.jit, static_argnames="grain")
@@ -220,18 +206,16 @@ def _count_at(part, cuts, first, step, *, grain) -> _counting.Sums:
 def _weigh_at(part, cuts, first, step, size, *, grain) -> jax.Array:
     """The same in weights, of a part of units that hold ``size`` of them."""
     axes = tuple(range(1, part.ndim))
-    index = _counting.indices(part.shape, axes, step)
-    weighed = [
-        _weighed(_counting.kept(part, cut, index, grain), size, axes)
-        for cut in _entries(cuts, first, part).both()
-    ]
-    return jnp.stack(weighed)
+    cuts = _entries(cuts, first, part)
+    kept = _counting.kept(part, cuts.both(), _counting.indices(part.shape, axes, step), grain)
+    return jnp.stack([_weighed(view, size, axes) for view in kept])
 
 
 @partial(jax.jit, static_argnames="grain")
 def _mask_at(part, cuts, first, step, *, grain) -> jax.Array:
     index = _counting.indices(part.shape, tuple(range(1, part.ndim)), step)
-    kept = _counting.kept(part, _entries(cuts, first, part).both()[0], index, grain)
+    cut, _ = _entries(cuts, first, part).both()
+    (kept,) = _counting.kept(part, [cut], index, grain)
     return kept if len(part) == 1 else lax.optimization_barrier(kept)
 
 

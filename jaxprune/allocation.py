@@ -18,8 +18,6 @@ from jax import lax
 from jaxprune import _checks, _exact, _placement, _sums, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
-_MULTIPLIER_BITS = 64  # 32 of them after the point
-
 
 def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
     r"""The same sparsity in every leaf, to within the rounding that makes the total exact.
@@ -299,48 +297,45 @@ def _webster(
 ) -> jax.Array:
     """Seats by weight: clip(round(multiplier * weight), floor, cap), with the budget as their sum.
 
-    The multiplier is found bit by bit in fixed point, as the largest that does not overspend. One
-    step further each leaf gains at most one seat, so the seats left over go to the leaves whose
-    next seat is cheapest, (2k + 1) / (2 weight), the earlier first.
+    A leaf's next seat comes at the multiplier (2 seats + 1) / (2 weight); two of these are equal or
+    more than 2^-64 apart. So the seats are those of a multiplier in fixed point, 64 bits after the
+    point, and of the next one for the leaves of an index below ``ahead``. Both are found bit by
+    bit, as the largest that do not overspend.
     """
     weights = jnp.asarray(weights)
     cap, floor = (jnp.asarray(np.array(bound, np.uint32)) for bound in (caps, floors))
 
-    def seats(multiplier):
-        high, low = (
-            _exact.multiply(weights, jnp.broadcast_to(word, weights.shape)) for word in multiplier
+    def seats(words):
+        high, middle, low, ahead = words
+        step = (lax.iota(jnp.uint32, len(caps)) < ahead).astype(jnp.uint32)
+        low = low + step
+        carried = _exact.add(
+            _exact.Wide(jnp.broadcast_to(high, step.shape), jnp.broadcast_to(middle, step.shape)),
+            _exact.from_uint32((low < step).astype(jnp.uint32)),
         )
-        carried = _exact.add(low, _exact.from_uint32(jnp.full_like(low.low, np.uint32(1 << 31))))
-        whole = _exact.add(high, _exact.from_uint32(carried.high))
+        rounded = _exact.multiply(weights, carried.low)
+        half = jnp.full_like(low, np.uint32(1 << 31))
+        for word in (_exact.multiply(weights, low).high, half):
+            rounded = _exact.add(rounded, _exact.from_uint32(word))
+        whole = _exact.multiply(weights, carried.high)
+        whole = _exact.add(whole, _exact.from_uint32(rounded.high))
         return jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
 
+    # The first bit would be a multiplier above all caps; of the last word few bits are needed.
+    skipped = 32 - len(caps).bit_length()
+
     def try_bit(i, words):
-        bit = np.uint32(1 << 31) >> (i % 32).astype(jnp.uint32)
-        trial = words | jnp.where(i // 32 == np.arange(2, dtype=np.int32), bit, 0)
-        over = _exact.less(budget, _exact.total(seats(_exact.Wide(*trial))))
+        place = i + jnp.where(i < 96, 0, skipped).astype(i.dtype)
+        bit = np.uint32(1 << 31) >> (place % 32).astype(jnp.uint32)
+        trial = words | jnp.where(place // 32 == np.arange(4, dtype=np.int32), bit, 0)
+        over = _exact.less(budget, _exact.total(seats(trial)))
         return jnp.where(over, words, trial)
 
-    # Zero, with the varying axes that budget and weights have under shard_map.
-    none = (jnp.stack(budget) + weights[0]) * np.uint32(0)
-    multiplier = _exact.Wide(*lax.fori_loop(0, _MULTIPLIER_BITS, try_bit, none))
-    kept = seats(multiplier)
-    more = seats(_exact.add(multiplier, _exact.constant(1))) > kept
-    left = _exact.subtract(budget, _exact.total(kept)).low
-
-    next_seat = 2 * kept + 1  # below 2^32: kept is below 2^31
-    shape = (len(weights),) * 2
-    mine, theirs = (
-        _exact.multiply(jnp.broadcast_to(a[:, None], shape), jnp.broadcast_to(b[None], shape))
-        for a, b in ((next_seat, weights), (weights, next_seat))
-    )
-    index = jnp.arange(len(weights))
-    earlier = index[None, :] < index[:, None]
-    before = _exact.less(theirs, mine) | (_exact.equal(theirs, mine) & earlier)
-    rank = jnp.sum((before & more[None, :]).astype(jnp.float32), 1)
-    last = more & (rank.astype(jnp.int32) < left.astype(jnp.int32))
-    seated = (kept + last.astype(jnp.uint32)).astype(jnp.int32)
+    # Zeros, with the varying axes that budget and weights have under shard_map.
+    none = jnp.broadcast_to((budget.low + weights[0]) * np.uint32(0), (4,))
+    kept = seats(lax.fori_loop(1, 128 - skipped, try_bit, none)).astype(jnp.int32)
     # Without the barrier every leaf's count is compiled, and computed, from the beginning.
-    return lax.optimization_barrier(seated)
+    return lax.optimization_barrier(kept)
 
 
 def _numbers(scores: Scores, costs: PyTree) -> list[float]:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxprune import _checks, _exact, _sums, _topk, _tree, allocation
+from jaxprune import _checks, _exact, _placement, _sums, _topk, _tree, allocation
 from jaxprune._typing import Allocation, Counts, Masking, Masks, Params, PyTree, Scores
 
 
@@ -237,7 +238,7 @@ def allocate_and_mask(scores: Scores, sparsity: Any, allocate: Allocation, mask:
 
 def where_kept(leaf: jax.Array, mask: jax.Array) -> jax.Array:
     """``leaf`` where kept, else zero."""
-    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+    return lax.select(mask, leaf, _placement.full_like(leaf, 0))
 
 
 def zero_where_pruned(tree: PyTree, masks: Masks) -> PyTree:

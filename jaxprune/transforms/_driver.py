@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from jaxprune import _checks, _topk, _tree
-from jaxprune._placement import placed_like
+from jaxprune import _checks, _counting, _tree
+from jaxprune._placement import full_like, placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
 from jaxprune.saliency.accumulate import check_criterion, memory_of, score
@@ -114,11 +115,11 @@ def masked_training(
 
         due = jnp.asarray(when(step)) | pending
         same = (old, sparsity, jnp.zeros_like(pending))
-        return jax.lax.cond(due, recompute, lambda: same), tuple(m for _, m in scored), due
+        return lax.cond(due, recompute, lambda: same), tuple(m for _, m in scored), due
 
     @jax.jit
     def refresh(due, inner_state, params, grown):
-        return jax.lax.cond(
+        return lax.cond(
             due, lambda: restart(inner, inner_state, params, grown), lambda: inner_state
         )
 
@@ -173,7 +174,7 @@ def shrinking(
     def propose(old, step, scores):
         alive = _tree.map_governed(bury, old, scores)
         new, wanted = remask(alive, step, old)
-        return _tree.map_governed(jnp.logical_and, old, new), wanted, _topk.any_nan(alive)
+        return _tree.map_governed(jnp.logical_and, old, new), wanted, _counting.any_nan(alive)
 
     return masked_training(
         inner,
@@ -230,7 +231,7 @@ def zeroing_updates(updates: PyTree, params: Params, masks: Masks) -> PyTree:
         if u is None or p is None or m is None:
             return u
         dtype = common_type(u, p)
-        return jnp.where(m, u.astype(dtype), -p.astype(dtype))
+        return lax.select(m, u.astype(dtype), -p.astype(dtype))
 
     return jax.tree.map(emit, updates, params, masks, is_leaf=_tree.is_none)
 
@@ -243,7 +244,7 @@ def common_type(u: jax.Array, p: jax.Array) -> Any:
 
 def keep_if(bad: jax.Array, previous: PyTree, found: PyTree) -> tuple[Any, ...]:
     """``(*found, bad)``, or what was before if the scores are bad: to be tried again."""
-    chosen = jax.tree.map(lambda a, b: jnp.where(bad, a, b), previous, found)
+    chosen = jax.tree.map(lambda a, b: lax.select(bad, a, b), previous, found)
     return *chosen, bad
 
 
@@ -255,4 +256,4 @@ def key_at(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
 def bury(mask: jax.Array, score: jax.Array) -> jax.Array:
     """Scores in which weights already pruned come last, so that exact counts stay exact."""
     alive = jnp.maximum(score, jnp.asarray(jnp.finfo(score.dtype).min, score.dtype))
-    return jnp.where(mask, alive, jnp.asarray(-jnp.inf, score.dtype))
+    return lax.select(mask, alive, full_like(score, -jnp.inf))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _topk, _tree
+from jaxprune import _checks, _counting, _tree
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, PyTree, Saliency, Trigger
 from jaxprune.masks import allocate_and_mask
 from jaxprune.saliency.accumulate import check_criterion, memory_of, score
@@ -83,7 +83,7 @@ def latent_training(
                 wider = jnp.minimum(_fraction(backward, step), wanted)
                 reach = allocate_and_mask(scores, wider, allocate, mask)
                 reach = jax.tree.map(jnp.logical_or, reach, found)
-            return keep_if(_topk.any_nan(scores), before, (found, reach, wanted))
+            return keep_if(_counting.any_nan(scores), before, (found, reach, wanted))
 
         due = jnp.asarray(when(step)) | pending
         same = (*before, jnp.zeros_like(pending))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _topk
+from jaxprune import _checks, _counting
 from jaxprune._tree import kernels
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, Saliency
 from jaxprune.allocation import allocate_global
@@ -95,7 +95,7 @@ def ac_dc(
         now = jnp.asarray(compressed(step))
         new = jax.lax.cond(now, squeeze, release)
         wanted = jnp.where(now, jnp.asarray(sparsity, jnp.float32), 0.0)
-        return new, wanted, now & _topk.any_nan(scores)
+        return new, wanted, now & _counting.any_nan(scores)
 
     return masked_training(
         inner,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _exact, _topk, _tree
+from jaxprune import _checks, _counting, _exact, _tree
 from jaxprune._tree import kernels
 from jaxprune._typing import (
     Allocation,
@@ -114,7 +114,7 @@ def exchange(
 ) -> tuple[Masks, jax.Array]:
     """Masks of ``keep`` weights, a share ``rate`` of them chosen by ``grows``; bad if NaN."""
     drops = _tree.map_governed(bury, old, drops)
-    bad = _topk.any_nan(drops) | _topk.any_nan(grows)
+    bad = _counting.any_nan(drops) | _counting.any_nan(grows)
     rate = jnp.clip(jnp.asarray(rate, jnp.float32), 0.0, 1.0)
     alive = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
     stay = jax.tree.map(lambda k, n: jnp.minimum(k - _share(rate, k), n), keep, alive)
