@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 # LAPACK's threads and XLA's are in each other's way on few cores: eigh takes three times as long.
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
-METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps", "alps+dense")
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt+dense", "alps", "alps+dense")
 
 
 class Case(NamedTuple):
