@@ -325,9 +325,10 @@ def _webster(
     skipped = 32 - len(caps).bit_length()
 
     def try_bit(i, words):
-        place = i + jnp.where(i < 96, 0, skipped).astype(i.dtype)
-        bit = np.uint32(1 << 31) >> (place % 32).astype(jnp.uint32)
-        trial = words | jnp.where(place // 32 == np.arange(4, dtype=np.int32), bit, 0)
+        place = i.astype(jnp.uint32)
+        place = place + jnp.where(place < 96, np.uint32(0), np.uint32(skipped))
+        bit = np.uint32(1 << 31) >> (place % 32)
+        trial = words | jnp.where(place // 32 == np.arange(4, dtype=np.uint32), bit, 0)
         over = _exact.less(budget, _exact.total(seats(trial)))
         return jnp.where(over, words, trial)
 
