@@ -59,8 +59,9 @@ def prune_gradually(
       and is tried again at the next step.
 
     Raises:
-      ValueError: for a number or the end of a schedule outside [0, 1]; from ``init``, if nothing is
-        prunable or the given masks do not fit; from ``update``, without params.
+      ValueError: for a number outside [0, 1] or a schedule that ends at NaN or in percent; from
+        ``init``, if nothing is prunable or the given masks do not fit; from ``update``, without
+        params.
       TypeError: for a step of the pipeline that takes other arguments, or a key that is none.
 
     Example:

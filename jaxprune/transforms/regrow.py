@@ -66,9 +66,9 @@ def prune_and_grow(
       and is tried again at the next step.
 
     Raises:
-      ValueError: for numbers or the start of ``drop_fraction`` outside [0, 1]; from ``init``, if
-        nothing is prunable, the masks do not fit, or the inner state cannot be matched to weights
-        (SM3, L-BFGS); from ``update``, without params.
+      ValueError: for numbers outside [0, 1] or a ``drop_fraction`` that starts at NaN or in
+        percent; from ``init``, if nothing is prunable, the masks do not fit, or the inner state
+        cannot be matched to weights (SM3, L-BFGS); from ``update``, without params.
       TypeError: as ``jp.prune_gradually``.
 
     Example:
