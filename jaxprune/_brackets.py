@@ -12,6 +12,7 @@ from jaxprune import _counting
 from jaxprune._counting import Cut
 
 _MAX_LEAF = 2**31 - 1
+_PATIENCE = 3  # passes after which scores are not half-normal where brackets do not shrink
 _GRAIN = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}
 
 
@@ -48,10 +49,10 @@ class Keys(NamedTuple):
         """Past the last key, which is that of NaN."""
         return 2 * self.zero + 2
 
-    def power(self, exponent: int) -> int:
-        """The key of a power of two."""
-        mantissa, bias = (52, 1023) if self.dtype == jnp.uint64 else (23, 127)
-        return self.zero - (((exponent + bias) << mantissa) >> self.grain)
+    @property
+    def octave(self) -> int:
+        """How many bits the keys from one power of two to the next take."""
+        return (52 if self.dtype == jnp.uint64 else 23) - self.grain
 
 
 class Brackets(NamedTuple):
@@ -68,7 +69,7 @@ class Brackets(NamedTuple):
       want: how many are to be kept, uint32.
       tie: the key whose indices are looked at; ``Keys.none`` as long as keys are.
       wide: whether the bracket did not shrink by half in the last pass.
-      guesses: two cuts between the ends.
+      unit: the key of the standard deviation that scores would have if half-normal, by their mean.
       step: passes done.
     """
 
@@ -78,7 +79,7 @@ class Brackets(NamedTuple):
     want: jax.Array
     tie: jax.Array
     wide: jax.Array
-    guesses: jax.Array
+    unit: jax.Array
     step: jax.Array
 
     @property
@@ -86,12 +87,12 @@ class Brackets(NamedTuple):
         """Whether the bracket is over indices."""
         return self.tie != np.asarray(np.iinfo(self.tie.dtype).max, self.tie.dtype)
 
-    def cuts(self) -> Cut:
-        """The guesses, in the end twice the cut that was looked for.
+    def cuts(self, at: jax.Array) -> Cut:
+        """Of guesses, or of the ends.
 
         The barrier keeps the compiler from computing them again for every leaf.
         """
-        at, tied = self.guesses, self.tied[None]
+        tied = self.tied[None]
         cuts = Cut(jnp.where(tied, self.tie[None], at), jnp.where(tied, at, jnp.zeros_like(at)))
         return lax.optimization_barrier(cuts)
 
@@ -123,12 +124,13 @@ def within(over: Over, ends: jax.Array, guesses: jax.Array) -> jax.Array:
     return jnp.stack([low, high])
 
 
-def narrow(state: Brackets, over: Over, counts: jax.Array) -> Brackets:
+def narrow(state: Brackets, guesses: jax.Array, over: Over, counts: jax.Array) -> Brackets:
     """That part of each bracket."""
-    ends = within(over, state.ends, state.guesses)
+    ends = within(over, state.ends, guesses)
     halved = ends[1] - ends[0] <= (state.ends[1] - state.ends[0]) >> 1
     kept = within(over, state.kept, counts)
-    return state._replace(ends=ends, kept=kept, wide=~halved & ~state.wide)
+    wide = ~halved & ~state.wide
+    return state._replace(ends=ends, kept=kept, wide=wide, step=state.step + 1)
 
 
 def settle(state: Brackets) -> Brackets:
@@ -154,48 +156,67 @@ def ranks(state: Brackets) -> Ranks:
     return Ranks(*(x.astype(jnp.float32) for x in sizes))
 
 
-def renew(keys: Keys, state: Brackets, ranks: Ranks) -> Brackets:
-    """Two new guesses in each bracket; where it is done, its ends.
-
-    The second pair tells zeros, often many, from what is above and below.
-    """
-    (low, high), zero, one = state.ends, keys.number(keys.zero), np.ones((), keys.dtype)
-    probe = (state.step == 0) & (low < zero) & (high > zero + one) & ~state.tied
-    zeros = jnp.stack([jnp.full_like(low, zero), jnp.full_like(low, zero + one)])
-    guesses = jnp.where(probe[None], zeros, _guess(state, ranks))
-    return state._replace(guesses=guesses, step=state.step + 1)
-
-
-def _guess(state: Brackets, ranks: Ranks) -> jax.Array:
+def guess(keys: Keys, state: Brackets, ranks: Ranks) -> jax.Array:
     """Two cuts, one to each side of where ``gain`` of the ``span`` weights in the bracket are kept.
 
     In brackets of an octave or less scores are nearly uniform. Wider ones interpolate the log-odds
     of being kept, nearly linear in the bits of a float on both tails of the usual distributions.
     The two cuts are apart by a standard deviation of the wanted rank and by the error of the model,
     which grows with the bracket; if that did not halve the bracket, the next two take its thirds.
+    As long as an end is octaves away, scores are half-normal, give or take a margin that doubles.
+    Zeros, often many, are told from what is above and below.
     """
     below, gain, span, size = ranks
-    low, width = state.ends[0], state.ends[1] - state.ends[0]
-    octave, narrow = (2.0**52, 50) if width.dtype == jnp.uint64 else (2.0**23, 21)
-    span = jnp.maximum(span, 1.0)
+    zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
+    low, width, start = state.ends[0], state.ends[1] - state.ends[0], state.step == 0
+    span, octave = jnp.maximum(span, 1.0), np.float32(2.0**keys.octave)
     share = jnp.clip(gain / span, 0.0, 1.0)
-    start, wanted, end = (
+    first, wanted, last = (
         _log2(x + 0.5) - _log2(jnp.maximum(size - x, 0.0) + 0.5)
         for x in (below, below + gain, below + span)
     )
-    part = (wanted - start) / jnp.maximum(end - start, np.float32(2.0**-20))
-    linear = state.tied | (width >> narrow == 0)
+    part = (wanted - first) / jnp.maximum(last - first, np.float32(2.0**-20))
+    linear = state.tied | (width >> (keys.octave - 2) == 0)
     middle = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
-    third = np.float32(1 / 6)
     extent = width.astype(jnp.float32)
-    model = jnp.where(state.tied, 0.0, extent * np.float32(0.125 / octave))
+    model = jnp.where(state.tied, 0.0, extent * (0.125 / octave))
     apart = jnp.sqrt(share * (1.0 - share) / span) + 0.5 / span + model
-    middle = jnp.where(state.wide, np.float32(0.5), middle)
-    apart = jnp.where(state.wide, third, jnp.minimum(apart, third))
-    both = jnp.clip(jnp.stack([middle - apart, middle + apart]), 0.0, np.float32(1 - 2.0**-20))
-    first = jnp.minimum(width, np.ones((), width.dtype))
-    leap = (both * extent[None]).astype(width.dtype)
-    return low[None] + jnp.clip(leap, first[None], jnp.maximum(width - first, first)[None])
+    middle = jnp.where(state.wide, np.float32(0.5), middle) * extent
+    apart = jnp.where(state.wide, np.float32(1.0), apart) * extent
+
+    far = (width >> (keys.octave + 2) > 0) & (start | (state.ends[1] <= zero)) & ~state.tied
+    far = far & ~(state.wide & (state.step > _PATIENCE))
+    margin = (jnp.int32(1) << jnp.minimum(state.step, 12)).astype(jnp.float32)
+    middle = jnp.where(far, jnp.clip(_half_normal(keys, state, ranks), 0.0, extent), middle)
+    apart = jnp.where(far, margin * (octave / 32), apart)
+    apart = jnp.minimum(apart, extent * np.float32(1 / 6))
+    both = jnp.stack([middle - apart, middle + apart])
+    both = jnp.clip(both, 0.0, (extent * np.float32(1 - 2.0**-20))[None]).astype(width.dtype)
+    least = jnp.minimum(width, one)
+    both = low[None] + jnp.clip(both, least[None], jnp.maximum(width - least, least)[None])
+    behind = (low == zero) & (width > one) & ~state.tied
+    both = jnp.where(behind[None], zero + one, both)
+    return jnp.where(start, jnp.stack([jnp.minimum(both[0], zero), jnp.full_like(low, zero)]), both)
+
+
+def _half_normal(keys: Keys, state: Brackets, ranks: Ranks) -> jax.Array:
+    """How far beyond the low end the wanted cut is, in keys, if scores are half-normal.
+
+    Their scale is known from the tail at the low end; where that is empty, from the mean and the
+    tail at the high end, below which scores are missing. What a tail t begins at is, to a few
+    percent, a square root of pi/2 r^2 / (1 + 0.9 r) with r = -log t.
+    """
+    below, gain, span, size = ranks
+    first, wanted, last = (
+        jnp.maximum((_log2(size) - _log2(x)) * np.float32(np.log(2)), np.float32(2.0**-20))
+        for x in (below, below + gain, below + span)
+    )
+    octave = np.float32(2.0**keys.octave)
+    start, end = (_log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5 for r in (first, wanted))
+    one = np.float32(127 / 2 - np.log2(np.pi / 2) / 2)  # what these are at one deviation
+    missing = jnp.square(last) / (last * np.float32(0.9) + 1.0) * np.float32(np.pi / 4 / np.log(2))
+    unit = state.unit.astype(jnp.float32) - state.ends[0].astype(jnp.float32)
+    return jnp.where(below > 0, start * octave, unit + (one - missing) * octave) - end * octave
 
 
 def _log2(x: jax.Array) -> jax.Array:

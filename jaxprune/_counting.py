@@ -215,12 +215,17 @@ def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[li
     return list(found.values())
 
 
+def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sums of positive scores along ``axes``, roughly; NaN where any score is."""
+    wide = jnp.float64 if part.dtype == jnp.float64 else jnp.float32
+    return jnp.sum(jnp.where(part < 0, 0, part), axes, dtype=wide, keepdims=True)
+
+
 def any_nan(scores: PyTree) -> jax.Array:
-    """Whether any score is NaN: only then a sum of sizes is, however many of them are infinite."""
+    """Whether any score is NaN."""
     leaves = jax.tree.leaves(scores)
     if not leaves:
         return jnp.zeros((), bool)
-    parts = members(leaves, _tree.kinds(scores))
-    sums = [jnp.sum(jnp.abs(jnp.stack([leaves[i] for i in part]))) for part in parts]
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.isnan(sum(sums))
+    parts = [jnp.stack([leaves[i] for i in part]) for part in members(leaves, _tree.kinds(scores))]
+    sums = [totals(part, tuple(range(1, part.ndim))).reshape(-1) for part in parts]
+    return jnp.any(jnp.isnan(jnp.concatenate([x.astype(jnp.float32) for x in sums])))

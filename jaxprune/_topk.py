@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _counting, _exact, _placement
-from jaxprune._brackets import Brackets, Keys, Ranks, narrow, ranks, renew, settle, within
+from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, settle, within
 from jaxprune._counting import Cut
 
 _UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
@@ -146,6 +146,17 @@ class _Leaves:
             [_weighed(jnp.ones(u.shape, bool), size, tuple(range(u.ndim))) for u, size in pairs]
         )
 
+    def totals(self) -> jax.Array:
+        """Roughly the sum of the positive scores of each leaf, once for every weight."""
+        parts = self.parts
+        if self.sizes is not None:
+            parts = [
+                part * jnp.broadcast_to(jnp.asarray(size).astype(part.dtype), part.shape)
+                for part, size in zip(parts, self.sizes, strict=True)
+            ]
+        sums = [_counting.totals(part, tuple(range(1, part.ndim))).reshape(-1) for part in parts]
+        return jnp.concatenate([x.astype(jnp.float32) for x in sums])
+
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
         grain, sizes = self.keys.grain, self.sizes
@@ -164,7 +175,7 @@ class _Leaves:
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the guesses of a finished search keep, leaf by leaf."""
-        cuts, masks = state.cuts(), {}
+        cuts, masks = state.cuts(state.ends), {}
         for part, first, members in zip(self.parts, self.firsts, self.members, strict=True):
             kept = _mask_at(part, cuts, first, state.step, grain=self.keys.grain)
             for place, i in enumerate(members):
@@ -181,6 +192,9 @@ class _Slices:
     def whole(self) -> Any:
         return np.uint32(math.prod(self.leaves[0].shape[axis] for axis in self.axes))
 
+    def totals(self) -> jax.Array:
+        return _counting.totals(self.leaves[0], self.axes).astype(jnp.float32)
+
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         found = _counting.count(self.leaves[0], cuts, step, self.axes, self.keys.grain)
         return _counting.counts(found)
@@ -188,7 +202,7 @@ class _Slices:
     def masks(self, state: Brackets) -> list[jax.Array]:
         (leaf,) = self.leaves
         index = _counting.indices(leaf.shape, self.axes, state.step)
-        return _counting.kept(leaf, state.cuts().both()[:1], index, self.keys.grain)
+        return _counting.kept(leaf, state.cuts(state.ends).both()[:1], index, self.keys.grain)
 
 
 @partial(jax.jit, static_argnames="grain")
@@ -243,28 +257,31 @@ def _search(
     With a shared budget all brackets are first one, over keys, until the key is found that the
     budget ends at; then each leaf's count is known.
     """
-    state = _start(problem, want)
-    looking, spent = jnp.zeros((), bool), None
+    state = _start(problem, want, shared)
+    looking, spent, ranked = jnp.zeros((), bool), None, ranks(state)
     if shared is not None:
         looking, spent = state.step == 0, shared.spent(state.kept)
-    everything = jax.tree.map(lambda ends: ends[1], spent)
+        floors, everything = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
+        ranked = _costs(floors, floors, shared.budget, everything, everything)
+        ranked = jax.tree.map(lambda cost: jnp.broadcast_to(cost, state.want.shape), ranked)
 
     def unfinished(carry):
-        state, looking, _ = carry
+        state, _, looking, _ = carry
         return looking if counts_only else looking | state.unfinished()
 
     def narrower(carry):
-        state, looking, spent = carry
-        counts = problem.tally(state.cuts(), state.step)
+        state, ranked, looking, spent = carry
+        guesses = guess(problem.keys, state, ranked)
+        counts = problem.tally(state.cuts(guesses), state.step)
         over = counts[0] >= state.want, counts[1] >= state.want
         if shared is None:
-            state = settle(narrow(state, over, counts))
-            return renew(problem.keys, state, ranks(state)), looking, spent
+            state = settle(narrow(state, guesses, over, counts))
+            return state, ranks(state), looking, spent
         now = shared.spent(counts)
         first, second = _exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
         beyond = first, second
         over = jnp.where(looking, first, over[0]), jnp.where(looking, second, over[1])
-        state = narrow(state, over, counts)
+        state = narrow(state, guesses, over, counts)
         spent = jax.tree.map(partial(within, beyond), spent, now)
         least, most = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
         rest = _exact.subtract(shared.budget, least)
@@ -272,19 +289,19 @@ def _search(
         still = looking & ((rest.high | rest.low) > 0) & apart
         share = partial(_share_out, problem.keys, state, rest, shared)
         state = settle(lax.cond(looking & ~still, share, lambda: state))
-        costs = least, rest, _exact.subtract(most, least), everything
-        ranked = Ranks(
-            *(
-                jnp.where(still, _exact.to_float(cost), own)
-                for cost, own in zip(costs, ranks(state), strict=True)
-            )
-        )
-        return renew(problem.keys, state, ranked), still, spent
+        pooled = _costs(floors, least, rest, _exact.subtract(most, least), everything)
+        ranked = jax.tree.map(partial(jnp.where, still), pooled, ranks(state))
+        return state, ranked, still, spent
 
-    return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
+    return lax.while_loop(unfinished, narrower, (state, ranked, looking, spent))[0]
 
 
-def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
+def _costs(floors: _exact.Wide, least: _exact.Wide, *others: _exact.Wide) -> Ranks:
+    """Of what the low end keeps beyond the floors: elsewhere they would hide that it is nothing."""
+    return Ranks(*map(_exact.to_float, (_exact.subtract(least, floors), *others)))
+
+
+def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
     """The widest bracket: nothing kept at its low end, everything at its high end."""
     keys, whole = problem.keys, problem.whole()
     shape = np.shape(whole) if want is None else want.shape
@@ -295,7 +312,12 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
         zero = problem.tally(Cut(nothing, nothing), jnp.int32(0))[0]
     low = zero.astype(keys.dtype)
     size = zero + jnp.asarray(whole, jnp.uint32)
-    first = [low + keys.number(keys.power(exponent)) for exponent in (0, -10)]
+    total, weights = problem.totals(), size.astype(jnp.float32)
+    if shared is not None:
+        costs = np.array(shared.costs, np.float32)
+        total, weights = (jnp.sum(x * costs, keepdims=True) for x in (total, weights))
+    deviation = np.float32(np.sqrt(np.pi / 2)) * total / jnp.maximum(weights, 1.0)
+    deviation = jnp.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
     return Brackets(
         ends=jnp.stack([low, low + keys.number(keys.end)]),
         kept=jnp.stack([zero, size]),
@@ -303,7 +325,7 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None) -> Brackets:
         want=zero + (np.uint32(_UNKNOWN) if want is None else want),
         tie=low + keys.number(keys.none),
         wide=zero > 0,
-        guesses=jnp.stack(first),
+        unit=low + _counting.order(deviation, keys.dtype, keys.grain),
         step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
     )
 

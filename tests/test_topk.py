@@ -175,3 +175,13 @@ def test_counts_past_what_a_float_counts(shape, axes):
     for count in (_counting.count_bytes, _counting.count_signs):
         sums = jax.jit(partial(count, axes=axes))(view, view)
         assert _counting.counts(sums).ravel().tolist() == [view.size, view.size]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("normal", 12), ("wide", 24), ("constant", 45)])
+def test_few_passes_find_the_cut(kind, most):
+    """A search that crawls is right in the end, and useless."""
+    leaf = jnp.abs(scores((64, 512), jnp.float32, kind, 1))
+    for keep in (1, 300, leaf.size // 2, leaf.size - 1):
+        problem = _topk._Leaves((leaf,))
+        found = _topk._search(problem, jnp.array([keep], jnp.uint32))
+        assert int(found.step) <= most
