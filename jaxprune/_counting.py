@@ -108,10 +108,7 @@ def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> S
     """Sum two views by way of a byte per weight."""
     signs = lax.optimization_barrier(_signs(first, second))
     shape = [1 if a in axes else n for a, n in enumerate(signs.shape)]
-    axis, last = strip_axis(signs, axes), signs.ndim - 1
-    if axis == last:
-        signs = signs.reshape(*signs.shape[:-1], -1, _LINE)
-        axes = (*axes, last + 1)
+    signs, axes, axis = _lines(signs, axes)
     if axis is None:
         return _sums(signs, axes)
     sums = _sums(_strips(signs, axis), axes, _strips(jnp.abs(signs), axis), _STRIPS)
@@ -140,10 +137,18 @@ def _signs(first: jax.Array, second: jax.Array) -> jax.Array:
     return first + first - second.astype(jnp.int8)
 
 
-def _strips(signs: jax.Array, axis: int) -> jax.Array:
-    shape = signs.shape
+def _lines(view: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...], int | None]:
+    """A view, perhaps with its last axis cut, the axes to sum over, and the one to add lines of."""
+    axis, last = strip_axis(view, axes), view.ndim - 1
+    if axis == last:
+        return view.reshape(*view.shape[:-1], -1, _LINE), (*axes, last + 1), axis
+    return view, axes, axis
+
+
+def _strips(view: jax.Array, axis: int) -> jax.Array:
+    shape = view.shape
     split = (*shape[:axis], shape[axis] // _STRIPS, _STRIPS, *shape[axis + 1 :])
-    strips = signs.reshape(split)
+    strips = view.reshape(split)
     lines = [lax.index_in_dim(strips, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
     return lax.optimization_barrier(reduce(jnp.add, lines))
 
@@ -218,7 +223,11 @@ def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[li
 def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sums of positive scores along ``axes``, roughly; NaN where any score is."""
     wide = jnp.float64 if part.dtype == jnp.float64 else jnp.float32
-    return jnp.sum(jnp.where(part < 0, 0, part), axes, dtype=wide, keepdims=True)
+    shape = [1 if a in axes else n for a, n in enumerate(part.shape)]
+    positive, axes, axis = _lines(jnp.where(part < 0, 0, part).astype(wide), axes)
+    if axis is not None:  # a sum alone would not be fused with what it sums
+        positive = _strips(positive, axis)
+    return jnp.sum(positive, axes).reshape(shape)
 
 
 def any_nan(scores: PyTree) -> jax.Array:
