@@ -16,6 +16,10 @@ _PATIENCE = 3  # passes after which scores are not half-normal where brackets do
 _GRAIN = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}
 
 
+def _no_key(dtype: Any) -> int:
+    return int(np.iinfo(dtype).max)
+
+
 class Keys(NamedTuple):
     """The type of keys, and how many of their lowest bits are zero in all of them."""
 
@@ -42,7 +46,7 @@ class Keys(NamedTuple):
     @property
     def none(self) -> int:
         """No key: where a bracket over keys has its tie."""
-        return int(np.iinfo(self.dtype).max)
+        return _no_key(self.dtype)
 
     @property
     def end(self) -> int:
@@ -85,7 +89,7 @@ class Brackets(NamedTuple):
     @property
     def tied(self) -> jax.Array:
         """Whether the bracket is over indices."""
-        return self.tie != np.asarray(np.iinfo(self.tie.dtype).max, self.tie.dtype)
+        return self.tie != np.asarray(_no_key(self.tie.dtype), self.tie.dtype)
 
     def cuts(self, at: jax.Array) -> Cut:
         """Of guesses, or of the ends.

@@ -101,17 +101,23 @@ def count(
 
 def count_signs(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views, the comparisons and all."""
-    return _sums(_signs(first, second), axes)
+    signs = _signs(first, second)
+    return _joint(_sum(signs, axes), _sum(jnp.abs(signs), axes))
 
 
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views by way of a byte per weight."""
-    signs = lax.optimization_barrier(_signs(first, second))
+    signs = _signs(first, second)
+    if signs.size < _STRIPS_FROM:  # one sum over both, and half the code
+        both = lax.optimization_barrier(jnp.stack([signs, jnp.abs(signs)]))
+        return Sums(*_sum(both, tuple(a + 1 for a in axes)))
+    signs = lax.optimization_barrier(signs)
     shape = [1 if a in axes else n for a, n in enumerate(signs.shape)]
     signs, axes, axis = _lines(signs, axes)
-    if axis is None:
-        return _sums(signs, axes)
-    sums = _sums(_strips(signs, axis), axes, _strips(jnp.abs(signs), axis), _STRIPS)
+    views, most = [signs, jnp.abs(signs)], 1
+    if axis is not None:
+        views, most = [_strips(view, axis) for view in views], _STRIPS
+    sums = _joint(*(_sum(view, axes, most) for view in views))
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
@@ -153,29 +159,27 @@ def _strips(view: jax.Array, axis: int) -> jax.Array:
     return lax.optimization_barrier(reduce(jnp.add, lines))
 
 
-def _sums(signs, axes, sizes=None, most: int = 1) -> Sums:
-    """Of signs and of their sizes, up to ``most``: exact sums of floats as far as these are."""
-    shape = signs.shape
+def _sum(x: jax.Array, axes: tuple[int, ...], most: int = 1) -> tuple[jax.Array, jax.Array | None]:
+    """Of integers up to ``most`` in size: exact sums of floats as far as these are."""
+    shape = x.shape
     inner: tuple[int, ...] = ()
     for axis in sorted(axes, key=lambda a: shape[a]):
         if most * math.prod(shape[a] for a in (*inner, axis)) <= _EXACT:
             inner = (*inner, axis)
     outer = tuple(a for a in axes if a not in inner)
-    whole = math.prod(shape[a] for a in outer) * _DIGIT > _EXACT
+    if math.prod(shape[a] for a in outer) * _DIGIT > _EXACT:
+        total = jnp.sum(x, axes, dtype=jnp.int32, keepdims=True)
+        return (total & (_DIGIT - 1)).astype(jnp.float32), (total >> 8).astype(jnp.float32)
+    total = jnp.sum(x.astype(jnp.float32), inner, keepdims=True)
+    if not outer:
+        return total, None
+    high = jnp.floor(total * np.float32(1 / _DIGIT))
+    low = total - high * np.float32(_DIGIT)
+    return jnp.sum(low, outer, keepdims=True), jnp.sum(high, outer, keepdims=True)
 
-    def add(x):
-        if whole:
-            total = jnp.sum(x, axes, dtype=jnp.int32, keepdims=True)
-            return (total & (_DIGIT - 1)).astype(jnp.float32), (total >> 8).astype(jnp.float32)
-        total = jnp.sum(x.astype(jnp.float32), inner, keepdims=True)
-        if not outer:
-            return total, None
-        high = jnp.floor(total * np.float32(1 / _DIGIT))
-        low = total - high * np.float32(_DIGIT)
-        return tuple(jnp.sum(part, outer, keepdims=True) for part in (low, high))
 
-    parts = add(signs), add(jnp.abs(signs) if sizes is None else sizes)
-    low, high = zip(*parts, strict=True)
+def _joint(*sums: tuple[jax.Array, jax.Array | None]) -> Sums:
+    low, high = zip(*sums, strict=True)
     return Sums(jnp.stack(low), None if high[0] is None else jnp.stack(high))
 
 

@@ -69,11 +69,6 @@ def less(a: Wide, b: Wide) -> jax.Array:
     return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 
-def equal(a: Wide, b: Wide) -> jax.Array:
-    """Whether a == b."""
-    return (a.high == b.high) & (a.low == b.low)
-
-
 def where(condition: jax.Array, a: Wide, b: Wide) -> Wide:
     """``a`` where the condition holds, else ``b``."""
     return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
