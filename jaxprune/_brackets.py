@@ -163,36 +163,19 @@ def ranks(state: Brackets) -> Ranks:
 def guess(keys: Keys, state: Brackets, ranks: Ranks) -> jax.Array:
     """Two cuts, one to each side of where ``gain`` of the ``span`` weights in the bracket are kept.
 
-    In brackets of an octave or less scores are nearly uniform. Wider ones interpolate the log-odds
-    of being kept, nearly linear in the bits of a float on both tails of the usual distributions.
-    The two cuts are apart by a standard deviation of the wanted rank and by the error of the model,
-    which grows with the bracket; if that did not halve the bracket, the next two take its thirds.
     As long as an end is octaves away, scores are half-normal, give or take a margin that doubles.
     Zeros, often many, are told from what is above and below.
     """
-    below, gain, span, size = ranks
     zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
     low, width, start = state.ends[0], state.ends[1] - state.ends[0], state.step == 0
-    span, octave = jnp.maximum(span, 1.0), np.float32(2.0**keys.octave)
-    share = jnp.clip(gain / span, 0.0, 1.0)
-    first, wanted, last = (
-        _log2(x + 0.5) - _log2(jnp.maximum(size - x, 0.0) + 0.5)
-        for x in (below, below + gain, below + span)
-    )
-    part = (wanted - first) / jnp.maximum(last - first, np.float32(2.0**-20))
-    linear = state.tied | (width >> (keys.octave - 2) == 0)
-    middle = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
     extent = width.astype(jnp.float32)
-    model = jnp.where(state.tied, 0.0, extent * (0.125 / octave))
-    apart = jnp.sqrt(share * (1.0 - share) / span) + 0.5 / span + model
-    middle = jnp.where(state.wide, np.float32(0.5), middle) * extent
-    apart = jnp.where(state.wide, np.float32(1.0), apart) * extent
-
     far = (width >> (keys.octave + 2) > 0) & (start | (state.ends[1] <= zero)) & ~state.tied
     far = far & ~(state.wide & (state.step > _PATIENCE))
     margin = (jnp.int32(1) << jnp.minimum(state.step, 12)).astype(jnp.float32)
-    middle = jnp.where(far, jnp.clip(_half_normal(keys, state, ranks), 0.0, extent), middle)
-    apart = jnp.where(far, margin * (octave / 32), apart)
+    middle, apart = _interpolated(keys, state, ranks)
+    beyond = jnp.clip(_half_normal(keys, state, ranks), 0.0, extent)
+    middle = jnp.where(far, beyond, middle * extent)
+    apart = jnp.where(far, margin * np.float32(2.0 ** (keys.octave - 5)), apart * extent)
     apart = jnp.minimum(apart, extent * np.float32(1 / 6))
     both = jnp.stack([middle - apart, middle + apart])
     both = jnp.clip(both, 0.0, (extent * np.float32(1 - 2.0**-20))[None]).astype(width.dtype)
@@ -201,6 +184,32 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> jax.Array:
     behind = (low == zero) & (width > one) & ~state.tied
     both = jnp.where(behind[None], zero + one, both)
     return jnp.where(start, jnp.stack([jnp.minimum(both[0], zero), jnp.full_like(low, zero)]), both)
+
+
+def _interpolated(keys: Keys, state: Brackets, ranks: Ranks) -> tuple[jax.Array, jax.Array]:
+    """Where the wanted cut is in the bracket, and how far off that may be, as shares of it.
+
+    In brackets of an octave or less scores are nearly uniform. Wider ones interpolate the log-odds
+    of being kept, nearly linear in the bits of a float on both tails of the usual distributions.
+    The margin is a standard deviation of the wanted rank and the error of the model, which grows
+    with the bracket; if that did not halve the bracket, the next two cuts take its thirds.
+    """
+    below, gain, span, size = ranks
+    width = state.ends[1] - state.ends[0]
+    span = jnp.maximum(span, 1.0)
+    share = jnp.clip(gain / span, 0.0, 1.0)
+    first, wanted, last = (
+        _log2(x + 0.5) - _log2(jnp.maximum(size - x, 0.0) + 0.5)
+        for x in (below, below + gain, below + span)
+    )
+    part = (wanted - first) / jnp.maximum(last - first, np.float32(2.0**-20))
+    linear = state.tied | (width >> (keys.octave - 2) == 0)
+    middle = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
+    octaves = width.astype(jnp.float32) * np.float32(2.0**-keys.octave)
+    model = jnp.where(state.tied, 0.0, octaves * np.float32(0.125))
+    apart = jnp.sqrt(share * (1.0 - share) / span) + 0.5 / span + model
+    middle = jnp.where(state.wide, np.float32(0.5), middle)
+    return middle, jnp.where(state.wide, np.float32(1.0), apart)
 
 
 def _half_normal(keys: Keys, state: Brackets, ranks: Ranks) -> jax.Array:
