@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _placement, _tree
+from jaxprune import _loops, _placement, _tree
 from jaxprune._typing import PyTree
 
 _EXACT = 1 << 24  # whole numbers up to here are floats
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the signs of two cuts and over their sizes, as floats: ``256 high + low``."""
+    """How many entries each of two cuts keeps, as floats: ``256 high + low``."""
 
     low: jax.Array
     high: jax.Array | None
@@ -71,61 +71,100 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
     return jnp.minimum(key, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
-def kept(leaf: jax.Array, cuts: Sequence[Cut], index: jax.Array, grain: int) -> list[jax.Array]:
-    """What each cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
-    dtype = cuts[0].key.dtype
-    key, index = order(leaf, dtype, grain), index.astype(dtype)
-    return [(key < cut.key) | ((key == cut.key) & (index < cut.end)) for cut in cuts]
+def kept(leaf: jax.Array, cut: Cut, index: jax.Array, grain: int) -> jax.Array:
+    """What a cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
+    key, index = order(leaf, cut.key.dtype, grain), index.astype(cut.key.dtype)
+    return (key < cut.key) | ((key == cut.key) & (index < cut.end))
+
+
+def views(
+    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+) -> list[jax.Array]:
+    """What each of two cuts keeps of a leaf, with indices along ``axes``."""
+    leaf, index = _tied(leaf, step, axes)
+    return [kept(leaf, cut, index, grain) for cut in cuts.both()]
+
+
+def few(leaf: jax.Array) -> bool:
+    """Whether a pass over a leaf takes less time than its code takes to compile."""
+    return leaf.size < _STRIPS_FROM
 
 
 def count(
-    leaf: jax.Array,
-    cuts: Cut,
-    step: jax.Array,
-    axes: tuple[int, ...],
-    grain: int,
+    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> Sums:
-    """How many entries two cuts keep along ``axes``, which stay with size 1.
+    """How many entries two cuts keep along ``axes``, which stay with size 1."""
 
-    The barrier and the zero made of ``step`` tie keys and indices to the iteration; without them
-    the compiler computes both once, ahead of the loop, and holds 8 bytes per weight.
-    """
-    leaf, step = lax.optimization_barrier((leaf, step))
-    index = indices(leaf.shape, axes, step)
+    def alone(leaf, cuts, step):
+        return count_bits(*views(leaf, cuts, step, axes, grain), axes)
+
+    def by_bytes(leaf, cuts, step):
+        if few(leaf):  # one sum over both, and half the code
+            return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
+        return count_bytes(*views(leaf, cuts, step, axes, grain), axes)
+
+    return lax.platform_dependent(leaf, cuts, step, cpu=by_bytes, default=alone)
+
+
+def keep(
+    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+) -> jax.Array:
+    """What two equal cuts keep; of few entries by the code that counted them."""
+
+    def alone(leaf, cuts, step):
+        return kept(leaf, cuts.both()[0], indices(leaf.shape, axes, step), grain)
+
+    if not few(leaf):
+        return alone(leaf, cuts, step)
     return lax.platform_dependent(
-        *kept(leaf, cuts.both(), index, grain),
-        cpu=lambda a, b: count_bytes(a, b, axes),
-        default=lambda a, b: count_signs(a, b, axes),
+        *(leaf, cuts, step),
+        cpu=lambda leaf, cuts, step: _bytes(leaf, cuts, step, axes, grain)[0] > 0,
+        default=alone,
     )
 
 
-def count_signs(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
+def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views, the comparisons and all."""
-    signs = _signs(first, second)
-    return _joint(_sum(signs, axes), _sum(jnp.abs(signs), axes))
+    return _joint(_sum(first, axes), _sum(second, axes))
 
 
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
-    """Sum two views by way of a byte per weight."""
-    signs = _signs(first, second)
-    if signs.size < _STRIPS_FROM:  # one sum over both, and half the code
-        both = lax.optimization_barrier(jnp.stack([signs, jnp.abs(signs)]))
-        return Sums(*_sum(both, tuple(a + 1 for a in axes)))
-    signs = lax.optimization_barrier(signs)
-    shape = [1 if a in axes else n for a, n in enumerate(signs.shape)]
-    signs, axes, axis = _lines(signs, axes)
-    views, most = [signs, jnp.abs(signs)], 1
+    """Sum two views, the second of which holds the first, by way of a byte per weight."""
+    both = lax.optimization_barrier(first.astype(jnp.int8) + second.astype(jnp.int8))
+    shape = [1 if a in axes else n for a, n in enumerate(both.shape)]
+    both, axes, axis = _lines(both, axes)
+    one = np.int8(1)
+    found, most = [both >> one, (both + one) >> one], 1
     if axis is not None:
-        views, most = [_strips(view, axis) for view in views], _STRIPS
-    sums = _joint(*(_sum(view, axes, most) for view in views))
+        found, most = [_strips(view, axis) for view in found], _STRIPS
+    sums = _joint(*(_sum(view, axes, most) for view in found))
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
+def _bytes(
+    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+) -> jax.Array:
+    """Two views as bytes, in one array."""
+    leaf, index = _tied(leaf, step, axes)
+    return lax.optimization_barrier(kept(leaf[None], cuts, index[None], grain).astype(jnp.int8))
+
+
+def _tied(
+    leaf: jax.Array, step: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """A leaf and its indices, tied to the iteration by a barrier and a zero made of ``step``.
+
+    Without them the compiler computes keys and indices once, ahead of the loop, and holds 8 bytes
+    per weight.
+    """
+    leaf, step = lax.optimization_barrier((leaf, step))
+    return leaf, indices(leaf.shape, axes, step)
+
+
 def counts(sums: Sums) -> jax.Array:
-    """Of each of two cuts, how many entries it keeps; a first axis for the two."""
+    """As whole numbers."""
     low, high = jax.tree.map(lambda x: x.astype(jnp.int32).astype(jnp.uint32), sums)
-    both, second = low if high is None else high * np.uint32(_DIGIT) + low
-    return jnp.stack([(both + second) >> 1, second])
+    return low if high is None else high * np.uint32(_DIGIT) + low
 
 
 def joined(sums: Sequence[Sums]) -> Sums:
@@ -135,12 +174,6 @@ def joined(sums: Sequence[Sums]) -> Sums:
         return Sums(low, None)
     high = [jnp.zeros_like(part.low) if part.high is None else part.high for part in sums]
     return Sums(low, jnp.concatenate(high, 1))
-
-
-def _signs(first: jax.Array, second: jax.Array) -> jax.Array:
-    """1 where both keep an entry, -1 where the second alone does."""
-    first = first.astype(jnp.int8)
-    return first + first - second.astype(jnp.int8)
 
 
 def _lines(view: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...], int | None]:
@@ -188,7 +221,7 @@ def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
 
     The last axis is cut into lines first.
     """
-    if _placement.explicitly_sharded(view) or view.size < _STRIPS_FROM:
+    if _placement.explicitly_sharded(view) or few(view):
         return None
     lines = [n // (_LINE if a == view.ndim - 1 else 1) for a, n in enumerate(view.shape)]
     whole = view.shape[-1] % _LINE == 0
@@ -228,7 +261,7 @@ def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sums of positive scores along ``axes``, roughly; NaN where any score is."""
     wide = jnp.float64 if part.dtype == jnp.float64 else jnp.float32
     shape = [1 if a in axes else n for a, n in enumerate(part.shape)]
-    positive, axes, axis = _lines(jnp.where(part < 0, 0, part).astype(wide), axes)
+    positive, axes, axis = _lines(jnp.maximum(part, 0).astype(wide), axes)
     if axis is not None:  # a sum alone would not be fused with what it sums
         positive = _strips(positive, axis)
     return jnp.sum(positive, axes).reshape(shape)
@@ -241,4 +274,5 @@ def any_nan(scores: PyTree) -> jax.Array:
         return jnp.zeros((), bool)
     parts = [jnp.stack([leaves[i] for i in part]) for part in members(leaves, _tree.kinds(scores))]
     sums = [totals(part, tuple(range(1, part.ndim))).reshape(-1) for part in parts]
-    return jnp.any(jnp.isnan(jnp.concatenate([x.astype(jnp.float32) for x in sums])))
+    joint = jnp.concatenate([x.astype(jnp.float32) for x in sums])
+    return jnp.any(_loops.grid(jnp.isnan(joint)))

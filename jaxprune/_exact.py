@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import _loops
+
 LARGEST = 2**63 - 1
 """What a number may be where it is to be multiplied by a fraction."""
 
@@ -89,7 +91,7 @@ def total(number: Wide | jax.Array) -> Wide:
         return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
     shifts = np.array(_SHIFTS, np.uint32).reshape(-1, *[1] * number.ndim)
     digits = (number[None] >> shifts) & np.uint32(255)
-    sums = jnp.sum(digits.astype(jnp.int32).astype(jnp.float32), -1)
+    sums = jnp.sum(_loops.grid(digits.astype(jnp.int32).astype(jnp.float32)), (-2, -1))
     sums = sums.astype(jnp.int32).astype(jnp.uint32)
     result = from_uint32(sums[0])
     for digit, shift in zip(sums[1:], _SHIFTS[1:], strict=True):

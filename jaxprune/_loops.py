@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 _PARTS = 16
+_ROW = 32
 _LINE = 64  # Entries of the last axis that stay together.
 
 
@@ -23,6 +24,14 @@ def apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
         return jax.tree.map(jnp.zeros_like, f(x))
 
     return lax.cond(known != np.uint32(0xFFFFFFFF), f, never, x)
+
+
+def grid(x: jax.Array) -> jax.Array:
+    """The last axis in rows of 32, zeros behind: a reduction over more is compiled as two."""
+    rows = -(-x.shape[-1] // _ROW)
+    behind = rows * _ROW - x.shape[-1]
+    x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, behind)])
+    return lax.optimization_barrier(x.reshape(*x.shape[:-1], rows, _ROW))
 
 
 def fold(

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _counting, _exact, _placement
-from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, settle, within
+from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, within
 from jaxprune._counting import Cut
 
 _UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
@@ -175,7 +175,7 @@ class _Leaves:
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the guesses of a finished search keep, leaf by leaf."""
-        cuts, masks = state.cuts(state.ends), {}
+        cuts, masks = state.answer(), {}
         for part, first, members in zip(self.parts, self.firsts, self.members, strict=True):
             kept = _mask_at(part, cuts, first, state.step, grain=self.keys.grain)
             for place, i in enumerate(members):
@@ -201,8 +201,8 @@ class _Slices:
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         (leaf,) = self.leaves
-        index = _counting.indices(leaf.shape, self.axes, state.step)
-        return _counting.kept(leaf, state.cuts(state.ends).both()[:1], index, self.keys.grain)
+        cuts, grain = state.answer(), self.keys.grain
+        return [_counting.keep(leaf, cuts, state.step, self.axes, grain)]
 
 
 @partial(jax.jit, static_argnames="grain")
@@ -220,17 +220,16 @@ def _count_at(part, cuts, first, step, *, grain) -> _counting.Sums:
 def _weigh_at(part, cuts, first, step, size, *, grain) -> jax.Array:
     """The same in weights, of a part of units that hold ``size`` of them."""
     axes = tuple(range(1, part.ndim))
-    cuts = _entries(cuts, first, part)
-    kept = _counting.kept(part, cuts.both(), _counting.indices(part.shape, axes, step), grain)
-    return jnp.stack([_weighed(view, size, axes) for view in kept])
+    views = _counting.views(part, _entries(cuts, first, part), step, axes, grain)
+    return jnp.stack([_weighed(view, size, axes) for view in views])
 
 
 @partial(jax.jit, static_argnames="grain")
 def _mask_at(part, cuts, first, step, *, grain) -> jax.Array:
-    index = _counting.indices(part.shape, tuple(range(1, part.ndim)), step)
-    cut, _ = _entries(cuts, first, part).both()
-    (kept,) = _counting.kept(part, [cut], index, grain)
-    return kept if len(part) == 1 else lax.optimization_barrier(kept)
+    axes = tuple(range(1, part.ndim))
+    kept = _counting.keep(part, _entries(cuts, first, part), step, axes, grain)
+    alone = len(part) == 1 or _counting.few(part)
+    return kept if alone else lax.optimization_barrier(kept)
 
 
 def _entries(cuts: Cut, first: jax.Array, part: jax.Array) -> Cut:
@@ -258,47 +257,51 @@ def _search(
     budget ends at; then each leaf's count is known.
     """
     state = _start(problem, want, shared)
-    looking, spent, ranked = jnp.zeros((), bool), None, ranks(state)
+    looking, spent = jnp.zeros((), bool), None
     if shared is not None:
         looking, spent = state.step == 0, shared.spent(state.kept)
         floors, everything = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
-        ranked = _costs(floors, floors, shared.budget, everything, everything)
-        ranked = jax.tree.map(lambda cost: jnp.broadcast_to(cost, state.want.shape), ranked)
 
     def unfinished(carry):
-        state, _, looking, _ = carry
+        state, looking, _ = carry
         return looking if counts_only else looking | state.unfinished()
 
     def narrower(carry):
-        state, ranked, looking, spent = carry
+        state, looking, spent = carry
+        ranked = ranks(state)
+        if shared is not None:
+            pooled = _pooled(floors, spent, shared.budget, everything)
+            ranked = jax.tree.map(partial(jnp.where, looking), pooled, ranked)
         guesses = guess(problem.keys, state, ranked)
-        counts = problem.tally(state.cuts(guesses), state.step)
-        over = counts[0] >= state.want, counts[1] >= state.want
+        counts = problem.tally(guesses, state.step)
+        over = counts >= state.want[None]
         if shared is None:
-            state = settle(narrow(state, guesses, over, counts))
-            return state, ranks(state), looking, spent
+            return narrow(state, guesses, over, counts), looking, spent
         now = shared.spent(counts)
-        first, second = _exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
-        beyond = first, second
-        over = jnp.where(looking, first, over[0]), jnp.where(looking, second, over[1])
+        beyond = _exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
+        over = jnp.where(looking, beyond.reshape(2, *[1] * state.want.ndim), over)
         state = narrow(state, guesses, over, counts)
         spent = jax.tree.map(partial(within, beyond), spent, now)
-        least, most = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
+        least = jax.tree.map(lambda x: x[0], spent)
         rest = _exact.subtract(shared.budget, least)
-        apart = (state.ends[1] - state.ends[0] > 1)[0]
-        still = looking & ((rest.high | rest.low) > 0) & apart
+        still = looking & ((rest.high | rest.low) > 0) & ~state.tied[0]
         share = partial(_share_out, problem.keys, state, rest, shared)
-        state = settle(lax.cond(looking & ~still, share, lambda: state))
-        pooled = _costs(floors, least, rest, _exact.subtract(most, least), everything)
-        ranked = jax.tree.map(partial(jnp.where, still), pooled, ranks(state))
-        return state, ranked, still, spent
+        return lax.cond(looking & ~still, share, lambda: state), still, spent
 
-    return lax.while_loop(unfinished, narrower, (state, ranked, looking, spent))[0]
+    return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
 
-def _costs(floors: _exact.Wide, least: _exact.Wide, *others: _exact.Wide) -> Ranks:
-    """Of what the low end keeps beyond the floors: elsewhere they would hide that it is nothing."""
-    return Ranks(*map(_exact.to_float, (_exact.subtract(least, floors), *others)))
+def _pooled(
+    floors: _exact.Wide, spent: _exact.Wide, budget: _exact.Wide, everything: _exact.Wide
+) -> Ranks:
+    """Of the bracket of all leaves, by what its ends cost.
+
+    The floors are left out of what the low end costs: elsewhere they hide that it is nothing.
+    """
+    least, most = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
+    pairs = (least, budget, most, everything), (floors, least, least, _exact.constant(0))
+    values = _exact.subtract(*(jax.tree.map(lambda *x: jnp.stack(x), *part) for part in pairs))
+    return Ranks(*lax.optimization_barrier(_exact.to_float(values)))
 
 
 def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
@@ -319,12 +322,11 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
     deviation = np.float32(np.sqrt(np.pi / 2)) * total / jnp.maximum(weights, 1.0)
     deviation = jnp.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
     return Brackets(
-        ends=jnp.stack([low, low + keys.number(keys.end)]),
+        ends=Cut(jnp.stack([low, low + keys.number(keys.end)]), jnp.stack([low, low])),
         kept=jnp.stack([zero, size]),
         size=size,
         want=zero + (np.uint32(_UNKNOWN) if want is None else want),
-        tie=low + keys.number(keys.none),
-        wide=zero > 0,
+        before=low + keys.number(keys.end),
         unit=low + _counting.order(deviation, keys.dtype, keys.grain),
         step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
     )
@@ -332,14 +334,15 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
 
 def _share_out(keys: Keys, state: Brackets, rest: _exact.Wide, shared: _Shared) -> Brackets:
     """Where one key for all leaves is found, the count of each, and its bracket from there on."""
-    (low, high), (below, above) = state.ends, state.kept
+    (low, high), (below, above) = state.ends.key, state.kept
     base = jnp.maximum(below, np.array(shared.floors, np.uint32))
     room = jnp.maximum(above, base) - base
     want = base + _spend(rest, room, shared)
     inside = want <= above
     ends = jnp.where(inside, low, high), jnp.where(inside, high, keys.number(keys.end))
     kept = jnp.where(inside, below, above), jnp.where(inside, above, state.size)
-    return state._replace(want=want, ends=jnp.stack(ends), kept=jnp.stack(kept))
+    cuts = state.ends._replace(key=jnp.stack(ends))
+    return state._replace(want=want, ends=cuts, kept=jnp.stack(kept))
 
 
 def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:

@@ -309,34 +309,34 @@ def _webster(
         high, middle, low, ahead = words
         step = (lax.iota(jnp.uint32, len(caps)) < ahead).astype(jnp.uint32)
         low = low + step
-        carried = _exact.add(
-            _exact.Wide(jnp.broadcast_to(high, step.shape), jnp.broadcast_to(middle, step.shape)),
-            _exact.from_uint32((low < step).astype(jnp.uint32)),
-        )
-        rounded = _exact.multiply(weights, carried.low)
-        half = jnp.full_like(low, np.uint32(1 << 31))
-        for word in (_exact.multiply(weights, low).high, half):
+        middle = middle + (low < step).astype(jnp.uint32)
+        high = high + ((middle == 0) & (low < step)).astype(jnp.uint32)
+        products = _exact.multiply(weights[None], jnp.stack([high, middle, low]))
+        whole, rounded, rest = (jax.tree.map(lambda x, i=i: x[i], products) for i in range(3))
+        for word in (rest.high, np.uint32(1 << 31)):
             rounded = _exact.add(rounded, _exact.from_uint32(word))
-        whole = _exact.multiply(weights, carried.high)
         whole = _exact.add(whole, _exact.from_uint32(rounded.high))
-        return jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
+        found = jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
+        return lax.optimization_barrier(found)
 
     # The first bit would be a multiplier above all caps; of the last word few bits are needed.
     skipped = 32 - len(caps).bit_length()
 
-    def try_bit(i, words):
+    def try_bit(i, carry):
+        words, _ = carry
         place = i.astype(jnp.uint32)
         place = place + jnp.where(place < 96, np.uint32(0), np.uint32(skipped))
-        bit = np.uint32(1 << 31) >> (place % 32)
-        trial = words | jnp.where(place // 32 == np.arange(4, dtype=np.uint32), bit, 0)
-        over = _exact.less(budget, _exact.total(seats(trial)))
-        return jnp.where(over, words, trial)
+        bit = np.uint32(1 << 31) >> (place & np.uint32(31))
+        trial = words | jnp.where(place >> 5 == np.arange(4, dtype=np.uint32), bit, np.uint32(0))
+        found = seats(trial)
+        over = _exact.less(budget, _exact.total(found))
+        return jnp.where(over, words, trial), found
 
     # Zeros, with the varying axes that budget and weights have under shard_map.
     none = jnp.broadcast_to((budget.low + weights[0]) * np.uint32(0), (4,))
-    kept = seats(lax.fori_loop(1, 128 - skipped, try_bit, none)).astype(jnp.int32)
-    # Without the barrier every leaf's count is compiled, and computed, from the beginning.
-    return lax.optimization_barrier(kept)
+    # The last turn tries no further bit: what is found is what was decided.
+    _, kept = lax.fori_loop(1, 129 - skipped, try_bit, (none, cap + none[0]))
+    return kept.astype(jnp.int32)
 
 
 def _numbers(scores: Scores, costs: PyTree) -> list[float]:

@@ -154,7 +154,7 @@ def test_every_way_of_counting_counts(shape):
     views = [jnp.asarray(scores < share) for share in (0.3, 0.8)]
     for axes in [tuple(range(len(shape))), (0,), (len(shape) - 1,)]:
         want = [np.asarray(view).sum(axes, keepdims=True, dtype=np.uint32) for view in views]
-        for count in (_counting.count_bytes, _counting.count_signs):
+        for count in (_counting.count_bytes, _counting.count_bits):
             np.testing.assert_array_equal(_counting.counts(count(*views, axes)), want)
 
 
@@ -172,7 +172,7 @@ def test_strips_of_large_leaves():
 @pytest.mark.parametrize(("shape", "axes"), [((257, 2**17), (0, 1)), ((2**25,), (0,))])
 def test_counts_past_what_a_float_counts(shape, axes):
     view = jnp.ones(shape, bool)
-    for count in (_counting.count_bytes, _counting.count_signs):
+    for count in (_counting.count_bytes, _counting.count_bits):
         sums = jax.jit(partial(count, axes=axes))(view, view)
         assert _counting.counts(sums).ravel().tolist() == [view.size, view.size]
 
