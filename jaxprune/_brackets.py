@@ -89,20 +89,16 @@ class Brackets(NamedTuple):
         last = jnp.where(high == low, last, self.size.astype(low.dtype))
         return jnp.where(self.tied, last - first, high - low)
 
-    @property
-    def wide(self) -> jax.Array:
-        """Whether the bracket did not shrink by half in the last pass."""
-        (low, high), (first, _) = self.ends
-        fresh = self.tied & (high > low) & (first == 0)
-        return (self.width > self.before >> 1) & ~fresh
-
     def answer(self) -> Cut:
         """The end that keeps what is wanted, twice.
 
         Units of several weights may step over that; the low end is then the answer.
         """
         met = (self.kept[1] == self.want)[None]
-        return jax.tree.map(lambda x: jnp.where(met, x[1:], jnp.stack([x[0]] * 2)), self.ends)
+        once = jax.tree.map(lambda x: jnp.where(met, x[1:], x[:1]), self.ends)
+        # The barrier, here and in a guess, keeps the compiler from finding it for every leaf.
+        twice = jax.tree.map(lambda x: jnp.broadcast_to(x, self.kept.shape), once)
+        return lax.optimization_barrier(twice)
 
     def unfinished(self) -> jax.Array:
         """Whether any bracket is still to be narrowed."""
@@ -154,20 +150,14 @@ def ranks(state: Brackets) -> Ranks:
 def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     """Two cuts, one to each side of where ``gain`` of the ``span`` weights in the bracket are kept.
 
-    As long as an end is octaves away, scores are half-normal, give or take a margin that doubles.
     Zeros, often many, are told from what is above and below.
     """
     zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
     (low, high), (first, _) = state.ends
-    width, tied, start = state.width, state.tied, state.step == 0
+    start, tied = state.step == 0, state.tied
+    width = lax.optimization_barrier(state.width)
+    middle, apart = _estimate(keys, state, width, ranks)
     extent = width.astype(jnp.float32)
-    far = (width >> (keys.octave + 2) > 0) & (start | (high <= zero)) & ~tied
-    far = far & ~(state.wide & (state.step > _PATIENCE))
-    margin = (jnp.int32(1) << jnp.minimum(state.step, 12)).astype(jnp.float32)
-    middle, apart = _interpolated(keys, state, ranks)
-    beyond = jnp.clip(_half_normal(keys, state, ranks), 0.0, extent)
-    middle = lax.optimization_barrier(jnp.where(far, beyond, middle * extent))
-    apart = jnp.where(far, margin * np.float32(2.0 ** (keys.octave - 5)), apart * extent)
     apart = jnp.minimum(apart, extent * np.float32(1 / 6))[None]
     both = middle[None] + jnp.where(_high(state.kept), apart, -apart)
     both = jnp.clip(both, 0.0, (extent * np.float32(1 - 2.0**-20))[None]).astype(width.dtype)
@@ -176,63 +166,66 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     both = both + jnp.where(tied, first, low)[None]
     behind = (low == zero) & (width > one) & ~tied
     both = jnp.where(behind[None] | (start & _high(both)), zero + behind.astype(low.dtype), both)
-    both = jnp.where(start, jnp.minimum(both, zero), both)
-    # The barriers keep the compiler from computing all this again, and again for every leaf.
-    both, tied = lax.optimization_barrier(both), tied[None]
-    cuts = Cut(jnp.where(tied, low[None], both), jnp.where(tied, both, jnp.zeros_like(both)))
+    both = lax.optimization_barrier(jnp.where(start, jnp.minimum(both, zero), both))
+    cuts = Cut(jnp.where(tied[None], low[None], both), jnp.where(tied[None], both, 0))
     return lax.optimization_barrier(cuts)
+
+
+def _estimate(
+    keys: Keys, state: Brackets, width: jax.Array, ranks: Ranks
+) -> tuple[jax.Array, jax.Array]:
+    """How far beyond the low end the wanted cut is, in keys or indices, and how far off that may be.
+
+    Scores are taken for half-normal. While an end is octaves away, the cut is so far from the other
+    end, give or take a margin that doubles; where that keeps nothing, the scale is known from the
+    mean and the tail at the high end, below which scores are missing. Then it is between what is
+    known of both ends; in brackets of less than an octave scores are nearly uniform. There the
+    margin is a standard deviation of the wanted rank and the error of the model, which grows with
+    the bracket. If that did not halve the bracket, the next two cuts take its thirds.
+    """
+    below, gain, span, size = ranks
+    (low, high), (start, _) = state.ends
+    tied, octave = state.tied, np.float32(2.0**keys.octave)
+    extent = width.astype(jnp.float32)
+    wide = (width > state.before >> 1) & ~(tied & (high > low) & (start == 0))
+
+    first, wanted, last = (_beginning(x + 0.5, size) for x in (below, below + gain, below + span))
+    lack = _exp2(last * 2.0 + 127) * np.float32(np.pi / 4 / np.log(2))
+    unit = (state.unit.astype(jnp.float32) - low.astype(jnp.float32)) * np.float32(1 / octave)
+    one = np.float32(-np.log2(np.pi / 2) / 2)  # where the tail of one deviation begins
+    beyond = jnp.where(below > 0, first, unit + one - lack) - wanted
+    beyond = jnp.clip(beyond * octave, 0.0, extent)
+    margin = (jnp.int32(1) << jnp.minimum(state.step, 12)).astype(jnp.float32)
+
+    inverse = lax.optimization_barrier(1.0 / jnp.maximum(span, 1.0))
+    share = jnp.clip(gain * inverse, 0.0, 1.0)
+    rest = jnp.minimum(share, 1.0 - share) + inverse * 0.5
+    part = (first - wanted) * _inverse(jnp.maximum(first - last, np.float32(2.0**-20)))
+    linear = tied | (width >> (keys.octave - 2) == 0)
+    part = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
+    model = jnp.where(tied, 0.0, extent * np.float32(0.125 / octave))
+    apart = _exp2((_log2(rest) + _log2(inverse)) * 0.5) + model
+    part, apart = jnp.where(wide, np.float32(0.5), part), jnp.where(wide, np.float32(1.0), apart)
+
+    far = (width >> (keys.octave + 2) > 0) & ((state.step == 0) | (high <= keys.number(keys.zero)))
+    far = far & ~tied & ~(wide & (state.step > _PATIENCE))
+    middle = jnp.where(far, beyond, part * extent)
+    return middle, jnp.where(far, margin * np.float32(octave / 32), apart * extent)
+
+
+def _beginning(x: jax.Array, size: jax.Array) -> jax.Array:
+    """Roughly log2 of where the largest x of half-normal scores begin, but for their scale.
+
+    What a tail t begins at is, to a few percent, a square root of pi/2 r^2 / (1 + 0.9 r) with
+    r = -log t.
+    """
+    r = jnp.maximum((_log2(size) - _log2(x)) * np.float32(np.log(2)), np.float32(2.0**-20))
+    return _log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5 - np.float32(127 / 2)
 
 
 def _high(pairs: jax.Array) -> np.ndarray:
     """Which entries of the first axis, of two, are the high ones."""
     return np.array([False, True]).reshape(2, *[1] * (pairs.ndim - 1))
-
-
-def _interpolated(keys: Keys, state: Brackets, ranks: Ranks) -> tuple[jax.Array, jax.Array]:
-    """Where the wanted cut is in the bracket, and how far off that may be, as shares of it.
-
-    In brackets of an octave or less scores are nearly uniform. Wider ones interpolate the log-odds
-    of being kept, nearly linear in the bits of a float on both tails of the usual distributions.
-    The margin is a standard deviation of the wanted rank and the error of the model, which grows
-    with the bracket; if that did not halve the bracket, the next two cuts take its thirds.
-    """
-    below, gain, span, size = ranks
-    width, tied, wide = state.width, state.tied, state.wide
-    span = jnp.maximum(span, 1.0)
-    share = jnp.clip(gain / span, 0.0, 1.0)
-    first, wanted, last = (
-        _log2(x + 0.5) - _log2(jnp.maximum(size - x, 0.0) + 0.5)
-        for x in (below, below + gain, below + span)
-    )
-    part = (wanted - first) / jnp.maximum(last - first, np.float32(2.0**-20))
-    linear = tied | (width >> (keys.octave - 2) == 0)
-    middle = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
-    octaves = width.astype(jnp.float32) * np.float32(2.0**-keys.octave)
-    model = jnp.where(tied, 0.0, octaves * np.float32(0.125))
-    sides = _log2(gain + 0.5) + _log2(jnp.maximum(span - gain, 0.0) + 0.5)
-    apart = _exp2((sides - _log2(span) * 3.0 + 127) * 0.5 + 127) + model
-    middle = jnp.where(wide, np.float32(0.5), middle)
-    return middle, jnp.where(wide, np.float32(1.0), apart)
-
-
-def _half_normal(keys: Keys, state: Brackets, ranks: Ranks) -> jax.Array:
-    """How far beyond the low end the wanted cut is, in keys, if scores are half-normal.
-
-    Their scale is known from the tail at the low end; where that is empty, from the mean and the
-    tail at the high end, below which scores are missing. What a tail t begins at is, to a few
-    percent, a square root of pi/2 r^2 / (1 + 0.9 r) with r = -log t.
-    """
-    below, gain, span, size = ranks
-    first, wanted, last = (
-        jnp.maximum((_log2(size) - _log2(x)) * np.float32(np.log(2)), np.float32(2.0**-20))
-        for x in (below, below + gain, below + span)
-    )
-    octave = np.float32(2.0**keys.octave)
-    start, end = (_log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5 for r in (first, wanted))
-    one = np.float32(127 / 2 - np.log2(np.pi / 2) / 2)  # what these are at one deviation
-    missing = jnp.square(last) / (last * np.float32(0.9) + 1.0) * np.float32(np.pi / 4 / np.log(2))
-    unit = state.unit.astype(jnp.float32) - state.ends.key[0].astype(jnp.float32)
-    return jnp.where(below > 0, start * octave, unit + (one - missing) * octave) - end * octave
 
 
 def _log2(x: jax.Array) -> jax.Array:
@@ -243,5 +236,11 @@ def _log2(x: jax.Array) -> jax.Array:
 
 def _exp2(x: jax.Array) -> jax.Array:
     """Undo ``_log2``."""
-    bits = (jnp.maximum(x, 1.0) * np.float32(2.0**23)).astype(jnp.int32)
+    bits = (jnp.clip(x, 1.0, 254.0) * np.float32(2.0**23)).astype(jnp.int32)
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """Roughly 1 / x; a division would get code of its own."""
+    rough = _exp2(np.float32(254 - 0.07) - _log2(x))
+    return rough * (2.0 - x * rough)
