@@ -322,20 +322,23 @@ def _webster(
     # The first bit would be a multiplier above all caps; of the last word few bits are needed.
     skipped = 32 - len(caps).bit_length()
 
-    def try_bit(i, carry):
-        words, _ = carry
-        place = i.astype(jnp.uint32)
+    def bit(i):
+        place = jnp.uint32(i)
         place = place + jnp.where(place < 96, np.uint32(0), np.uint32(skipped))
-        bit = np.uint32(1 << 31) >> (place & np.uint32(31))
-        trial = words | jnp.where(place >> 5 == np.arange(4, dtype=np.uint32), bit, np.uint32(0))
+        value = np.uint32(1 << 31) >> (place & np.uint32(31))
+        return jnp.where(place >> 5 == np.arange(4, dtype=np.uint32), value, np.uint32(0))
+
+    def decide(i, carry):
+        trial, _ = carry
         found = seats(trial)
         over = _exact.less(budget, _exact.total(found))
-        return jnp.where(over, words, trial), found
+        return jnp.where(over, trial ^ bit(i), trial) | bit(i + 1), found
 
-    # Zeros, with the varying axes that budget and weights have under shard_map.
-    none = jnp.broadcast_to((budget.low + weights[0]) * np.uint32(0), (4,))
-    # The last turn tries no further bit: what is found is what was decided.
-    _, kept = lax.fori_loop(1, 129 - skipped, try_bit, (none, cap + none[0]))
+    # The last turn decides no bit: what is found is what was decided. The zero has the varying axes
+    # that budget and weights have under shard_map.
+    zero = (budget.low + weights[0]) * np.uint32(0)
+    turns = 129 - skipped
+    _, kept = lax.fori_loop(1, turns, decide, (bit(1) + zero, cap + zero))
     return kept.astype(jnp.int32)
 
 
