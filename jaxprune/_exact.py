@@ -92,11 +92,11 @@ def total(number: Wide | jax.Array) -> Wide:
     shifts = np.array(_SHIFTS, np.uint32).reshape(-1, *[1] * number.ndim)
     digits = (number[None] >> shifts) & np.uint32(255)
     sums = jnp.sum(_loops.grid(digits.astype(jnp.int32).astype(jnp.float32)), (-2, -1))
-    sums = sums.astype(jnp.int32).astype(jnp.uint32)
-    result = from_uint32(sums[0])
-    for digit, shift in zip(sums[1:], _SHIFTS[1:], strict=True):
-        result = add(result, Wide(digit >> (32 - shift), digit << shift))
-    return result
+    first, third, second, fourth = sums.astype(jnp.int32).astype(jnp.uint32)
+    byte = np.uint32(255)
+    low = first + ((second & byte) << 8)
+    middle = third + (second >> 8) + (low >> 16) + ((fourth & byte) << 8)
+    return Wide((fourth >> 8) + (middle >> 16), (low & _LOW) | (middle << 16))
 
 
 def before(number: Wide) -> Wide:

@@ -80,8 +80,9 @@ def top_shared(
     if not leaves:
         return [], []
     problem = _Leaves(leaves, sizes, kinds)
+    least = sum(cost * floor for cost, floor in zip(costs, floors, strict=True))
     shared = _Shared(
-        budget,
+        _exact.subtract(budget, _exact.constant(least)),
         costs=tuple(costs[i] for i in problem.order),
         floors=tuple(floors[i] for i in problem.order),
         rank=tuple(int(i) for i in problem.order),
@@ -101,20 +102,22 @@ def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 class _Shared(NamedTuple):
+    """What all leaves share: a budget for what they keep beyond the floors."""
+
     budget: _exact.Wide
     costs: tuple[int, ...]
     floors: tuple[int, ...]
     rank: tuple[int, ...]
 
     def spent(self, kept: jax.Array) -> _exact.Wide:
-        """What it costs to keep so many weights of each leaf, or as many as the floors say."""
+        """What it costs to keep so many weights of each leaf."""
         floors, costs = (
             jnp.broadcast_to(np.array(values, np.uint32), kept.shape)
             for values in (self.floors, self.costs)
         )
-        kept = jnp.maximum(kept, floors)
+        beyond = jnp.maximum(kept, floors) - floors
         plain = all(cost == 1 for cost in self.costs)
-        return _exact.total(kept if plain else _exact.multiply(kept, costs))
+        return _exact.total(beyond if plain else _exact.multiply(beyond, costs))
 
 
 class _Leaves:
@@ -260,7 +263,7 @@ def _search(
     looking, spent = jnp.zeros((), bool), None
     if shared is not None:
         looking, spent = state.step == 0, shared.spent(state.kept)
-        floors, everything = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
+        _, everything = _pair(spent)
 
     def unfinished(carry):
         state, looking, _ = carry
@@ -270,38 +273,31 @@ def _search(
         state, looking, spent = carry
         ranked = ranks(state)
         if shared is not None:
-            pooled = _pooled(floors, spent, shared.budget, everything)
+            least, most = _pair(spent)
+            gain, span = (_exact.subtract(x, least) for x in (shared.budget, most))
+            pooled = Ranks(*map(_exact.to_float, (least, gain, span, everything)))
             ranked = jax.tree.map(partial(jnp.where, looking), pooled, ranked)
         guesses = guess(problem.keys, state, ranked)
         counts = problem.tally(guesses, state.step)
         over = counts >= state.want[None]
         if shared is None:
             return narrow(state, guesses, over, counts), looking, spent
-        now = shared.spent(counts)
-        beyond = _exact.less(jax.tree.map(lambda x: x[None], shared.budget), now)
-        over = jnp.where(looking, beyond.reshape(2, *[1] * state.want.ndim), over)
+        now = lax.optimization_barrier(shared.spent(counts))
+        beyond = lax.optimization_barrier(_exact.less(shared.budget, now))
+        over = lax.optimization_barrier(jnp.where(looking, beyond[:, None], over))
         state = narrow(state, guesses, over, counts)
         spent = jax.tree.map(partial(within, beyond), spent, now)
-        least = jax.tree.map(lambda x: x[0], spent)
-        rest = _exact.subtract(shared.budget, least)
-        still = looking & ((rest.high | rest.low) > 0) & ~state.tied[0]
-        share = partial(_share_out, problem.keys, state, rest, shared)
+        least, _ = _pair(spent)
+        still = looking & _exact.less(least, shared.budget) & ~state.tied[0]
+        share = partial(_share_out, problem.keys, state, least, shared)
         return lax.cond(looking & ~still, share, lambda: state), still, spent
 
     return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
 
-def _pooled(
-    floors: _exact.Wide, spent: _exact.Wide, budget: _exact.Wide, everything: _exact.Wide
-) -> Ranks:
-    """Of the bracket of all leaves, by what its ends cost.
-
-    The floors are left out of what the low end costs: elsewhere they hide that it is nothing.
-    """
-    least, most = (jax.tree.map(lambda x, i=i: x[i], spent) for i in (0, 1))
-    pairs = (least, budget, most, everything), (floors, least, least, _exact.constant(0))
-    values = _exact.subtract(*(jax.tree.map(lambda *x: jnp.stack(x), *part) for part in pairs))
-    return Ranks(*lax.optimization_barrier(_exact.to_float(values)))
+def _pair(spent: _exact.Wide) -> tuple[_exact.Wide, _exact.Wide]:
+    """What the low end costs, and the high one."""
+    return jax.tree.map(lambda x: x[0], spent), jax.tree.map(lambda x: x[1], spent)
 
 
 def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
@@ -332,12 +328,12 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
     )
 
 
-def _share_out(keys: Keys, state: Brackets, rest: _exact.Wide, shared: _Shared) -> Brackets:
+def _share_out(keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared) -> Brackets:
     """Where one key for all leaves is found, the count of each, and its bracket from there on."""
     (low, high), (below, above) = state.ends.key, state.kept
     base = jnp.maximum(below, np.array(shared.floors, np.uint32))
     room = jnp.maximum(above, base) - base
-    want = base + _spend(rest, room, shared)
+    want = base + _spend(_exact.subtract(shared.budget, least), room, shared)
     inside = want <= above
     ends = jnp.where(inside, low, high), jnp.where(inside, high, keys.number(keys.end))
     kept = jnp.where(inside, below, above), jnp.where(inside, above, state.size)
