@@ -24,7 +24,12 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 # LAPACK's threads and XLA's are in each other's way on few cores: eigh takes three times as long.
-ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+# And glibc keeps arrays of up to 32 MB that are freed, unless told that large ones start at 1 MB.
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    **os.environ,
+}
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt+dense", "alps", "alps+dense")
 
 
@@ -37,6 +42,7 @@ class Case(NamedTuple):
     weights: str  # pattern of the paths of what is pruned
     quality: Any
     unit: str
+    spare: bool  # the dense weights are not needed once others are there
 
 
 def smollm2(calibration, held_out, windows):
@@ -47,7 +53,7 @@ def smollm2(calibration, held_out, windows):
     evaluation = model.windows(tokenizer, held_out, count=windows)
     quality = partial(model.perplexity, windows=evaluation)
     batches = list(batches[: len(batches) // 4 * 4].reshape(-1, 4, 512))
-    return Case(model.apply, params, batches, "kernel", quality, "perplexity")
+    return Case(model.apply, params, batches, "kernel", quality, "perplexity", spare=True)
 
 
 def minilm(calibration, held_out, windows):
@@ -57,7 +63,7 @@ def minilm(calibration, held_out, windows):
     batches = model.batches(tokenizer, model.sentences(calibration)[:1024])
     evaluation = model.batches(tokenizer, model.sentences(held_out)[:1024])[:windows]
     quality = partial(model.cosine, dense=params, batches=evaluation)
-    return Case(model.apply, params, batches, model.KERNELS, quality, "cosine")
+    return Case(model.apply, params, batches, model.KERNELS, quality, "cosine", spare=False)
 
 
 MODELS = {"smollm2": smollm2, "minilm": minilm}
@@ -91,6 +97,7 @@ def prune(case, name, target):
         method=methods[name.removesuffix("+dense")],
         prunable=jp.matching(case.weights),
         dense_targets=name.endswith("+dense"),
+        donate=case.spare and not name.endswith("+dense"),
         progress=lambda layer: print(
             f"{layer.path:32} {layer.sparsity:.4f} {layer.error:.5f}", file=sys.stderr, flush=True
         ),

@@ -72,6 +72,28 @@ def test_stacked_layers_are_pruned_one_by_one():
     assert np.asarray(masks["w"]).sum((1, 2)).tolist() == [32] * 3
 
 
+def test_donated_weights_are_gone_and_change_nothing():
+    x = [jnp.asarray(inputs(40, 8), jnp.float32)]
+    shared = weights(8, 8, seed=1)
+
+    def apply(p, x):
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]
+        return jnp.tanh(x @ p["alone"]) @ p["once"] + (x @ p["again"])
+
+    def params():
+        stack = {"stack": weights(3, 8, 8), "alone": weights(8, 8, seed=2)}
+        return stack | {"once": shared, "again": shared}
+
+    given, options = params(), {"sparsity": 0.5, "prunable": lambda *_: True}
+    want = jp.prune_layerwise(apply, params(), x, **options)
+    found = jp.prune_layerwise(apply, given, x, **options, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, found[:2], want[:2])
+    gone = {name: leaf.is_deleted() for name, leaf in given.items()}
+    assert gone == {"stack": True, "alone": True, "once": False, "again": False}
+    with pytest.raises(ValueError, match="do not donate"):
+        jp.prune_layerwise(apply, params(), x, **options, donate=True, dense_targets=True)
+
+
 def test_recurrent_and_repeated_weights_are_pruned_once():
     w, batches = weights(8, 8), [jnp.asarray(inputs(40, 8), jnp.float32)]
 

@@ -1,5 +1,6 @@
 """Pruning in execution order: every layer sees what the layers pruned before it send."""
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -53,6 +54,7 @@ def prune_layerwise(
     prunable: Prunable = _tree.kernels,
     progress: Progress | None = None,
     dense_targets: bool = False,
+    donate: bool = False,
     activation_dtype: Any = None,
     on_host: bool = False,
 ) -> tuple[Params, Masks, list[LayerLog]]:
@@ -78,6 +80,8 @@ def prune_layerwise(
         dense weights would give for the inputs that arrive; where outputs are added to a value
         that is there already (a residual stream), the sum. So later layers make up for earlier
         ones. A second, dense walk goes along.
+      donate: delete the arrays of ``params`` that are pruned, each as soon as it is, so that one
+        model is in memory and not two; an array that several leaves share stays.
       activation_dtype: hold floating calibration activations in this type between layers.
       on_host: hold them in host memory.
 
@@ -85,8 +89,8 @@ def prune_layerwise(
       ``(params, masks, log)``; ``log`` lists (path, sparsity, error) in execution order.
 
     Raises:
-      ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, or
-        a Gram is not positive definite.
+      ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, a
+        Gram is not positive definite, or the dense weights that ``dense_targets`` needs are donated.
       TypeError: if ``batches`` is one array, or ``method`` no layerwise method.
 
     Example:
@@ -104,6 +108,8 @@ def prune_layerwise(
     _driver.check_target(sparsity, n_m)
     _checks.check_step("method", method, None, *([] if n_m is None else ["n_m"]))
     _checks.check_batches(batches)
+    if donate and dense_targets:
+        raise ValueError("dense_targets needs the dense weights to the end; do not donate them")
     held = [as_args(batch) for batch in batches]
     if not held:
         raise ValueError("no batches to calibrate on; an exhausted generator gives none either")
@@ -128,7 +134,7 @@ def prune_layerwise(
             targets[i] = target
     store = Store(activation_dtype, on_host)
     walk = Walk(program, jax.tree.leaves(params), held, store)
-    prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress)
+    prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress, donate)
     twin = Walk(program, walk.leaves, held, store, walk.compiled) if dense_targets else None
     _run(walk, twin, prune, early)
     structure = jax.tree.structure(params)
@@ -159,9 +165,12 @@ def _energy(rows: jax.Array, gram: Gram) -> jax.Array:
 class _Pruner:
     """Prunes parts of leaves as they are met, and remembers masks and the log."""
 
-    def __init__(self, paths, leaves, uses, targets, n_m, method, progress):
+    def __init__(self, paths, leaves, uses, targets, n_m, method, progress, donate):
         self.paths, self.leaves, self.uses, self.targets = paths, leaves, uses, targets
         self.n_m, self.method, self.progress = n_m, method, progress
+        times = collections.Counter(map(id, leaves))
+        # Leaves whose arrays are the caller's, and stay.
+        self.lent = {i for i, leaf in enumerate(leaves) if not donate or times[id(leaf)] > 1}
         self.masks: dict[int, jax.Array] = {}
         self.log: list[LayerLog] = []
 
@@ -183,11 +192,16 @@ class _Pruner:
         new, mask = self.method({path: old}, {path: gram}, self.targets[leaf], **options)
         error = _relative_error(old, new[path], gram)
         if taken:
-            before = self.masks.get(leaf, jnp.ones(whole.shape, bool))
+            mine = whole if leaf not in self.lent else jnp.copy(whole)
+            before = self.masks.get(leaf)
+            before = jnp.ones(whole.shape, bool) if before is None else before
             self.masks[leaf] = _replace(before, mask[path], starts)
-            self.leaves[leaf] = _replace(whole, new[path], starts)
+            self.leaves[leaf] = _replace(mine, new[path], starts)
         else:
             self.masks[leaf], self.leaves[leaf] = mask[path], new[path]
+            if leaf not in self.lent and isinstance(whole, jax.Array):
+                whole.delete()
+        self.lent.discard(leaf)
         removed = 1 - float(jnp.mean(mask[path], dtype=jnp.float32))
         self.log.append(LayerLog(path, removed, float(error)))
         if self.progress is not None:
@@ -199,7 +213,7 @@ def _block(x, starts, sizes):
     return lax.dynamic_slice(x, starts, sizes)
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def _replace(x, part, starts):
     return lax.dynamic_update_slice(x, part, starts)
 
