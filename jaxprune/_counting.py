@@ -74,7 +74,7 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
 def kept(leaf: jax.Array, cut: Cut, index: jax.Array, grain: int) -> jax.Array:
     """What a cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
     key, index = order(leaf, cut.key.dtype, grain), index.astype(cut.key.dtype)
-    return (key < cut.key) | ((key == cut.key) & (index < cut.end))
+    return key < cut.key + (index < cut.end).astype(key.dtype)
 
 
 def views(
