@@ -61,6 +61,7 @@ def main():
             method=METHODS[args.method],
             prunable=weights,
             dense_targets=args.dense_targets,
+            donate=not args.dense_targets,
             progress=lambda layer: bar.update(),
         )
     print(f"{'layer':32} sparsity  relative error")

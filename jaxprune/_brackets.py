@@ -153,7 +153,7 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     Zeros, often many, are told from what is above and below.
     """
     zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
-    (low, high), (first, _) = state.ends
+    low, first = state.ends.key[0], state.ends.end[0]
     start, tied = state.step == 0, state.tied
     width = lax.optimization_barrier(state.width)
     middle, apart = _estimate(keys, state, width, ranks)
@@ -174,7 +174,7 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
 def _estimate(
     keys: Keys, state: Brackets, width: jax.Array, ranks: Ranks
 ) -> tuple[jax.Array, jax.Array]:
-    """How far beyond the low end the wanted cut is, in keys or indices, and how far off that may be.
+    """How many keys or indices beyond the low end the wanted cut is, and how far off that may be.
 
     Scores are taken for half-normal. While an end is octaves away, the cut is so far from the other
     end, give or take a margin that doubles; where that keeps nothing, the scale is known from the

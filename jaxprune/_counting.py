@@ -90,18 +90,18 @@ def few(leaf: jax.Array) -> bool:
     return leaf.size < _STRIPS_FROM
 
 
-def count(
-    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
-) -> Sums:
+def count(leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int) -> Sums:
     """How many entries two cuts keep along ``axes``, which stay with size 1."""
 
     def alone(leaf, cuts, step):
-        return count_bits(*views(leaf, cuts, step, axes, grain), axes)
+        first, second = views(leaf, cuts, step, axes, grain)
+        return count_bits(first, second, axes)
 
     def by_bytes(leaf, cuts, step):
         if few(leaf):  # one sum over both, and half the code
             return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
-        return count_bytes(*views(leaf, cuts, step, axes, grain), axes)
+        first, second = views(leaf, cuts, step, axes, grain)
+        return count_bytes(first, second, axes)
 
     return lax.platform_dependent(leaf, cuts, step, cpu=by_bytes, default=alone)
 
@@ -149,9 +149,7 @@ def _bytes(
     return lax.optimization_barrier(kept(leaf[None], cuts, index[None], grain).astype(jnp.int8))
 
 
-def _tied(
-    leaf: jax.Array, step: jax.Array, axes: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
+def _tied(leaf: jax.Array, step: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """A leaf and its indices, tied to the iteration by a barrier and a zero made of ``step``.
 
     Without them the compiler computes keys and indices once, ahead of the loop, and holds 8 bytes

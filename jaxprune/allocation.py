@@ -313,7 +313,7 @@ def _webster(
         high = high + ((middle == 0) & (low < step)).astype(jnp.uint32)
         products = _exact.multiply(weights[None], jnp.stack([high, middle, low]))
         whole, rounded, rest = (jax.tree.map(lambda x, i=i: x[i], products) for i in range(3))
-        for word in (rest.high, np.uint32(1 << 31)):
+        for word in (rest.high, jnp.uint32(1 << 31)):
             rounded = _exact.add(rounded, _exact.from_uint32(word))
         whole = _exact.add(whole, _exact.from_uint32(rounded.high))
         found = jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)

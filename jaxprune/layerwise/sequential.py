@@ -90,7 +90,7 @@ def prune_layerwise(
 
     Raises:
       ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, a
-        Gram is not positive definite, or the dense weights that ``dense_targets`` needs are donated.
+        Gram is not positive definite, or ``dense_targets`` is asked for and its weights donated.
       TypeError: if ``batches`` is one array, or ``method`` no layerwise method.
 
     Example:
