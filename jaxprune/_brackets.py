@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _counting, _loops
-from jaxprune._counting import Cut
+from jaxprune._counting import Cut, halves
 
 _MAX_LEAF = 2**31 - 1
 _PATIENCE = 3  # passes after which scores are not half-normal where brackets do not shrink
@@ -54,9 +54,9 @@ class Keys(NamedTuple):
 class Brackets(NamedTuple):
     """A bracket per cut: its low end keeps less than is wanted, its high end as much or more.
 
-    It is over keys until two neighbours remain, then over the indices at the lower one. Where a
-    first axis has two entries they are the low end and the high one, or the lower guess and the
-    higher; arrays in pairs are half the kernels to compile.
+    It is over keys until two neighbours remain, then over the indices at the lower one. A first
+    axis with two entries is for the low end and the high one, or the lower guess and the higher;
+    arrays in pairs are half the kernels to compile. Elsewhere that axis has size 1.
 
     Attributes:
       ends: two cuts.
@@ -79,13 +79,13 @@ class Brackets(NamedTuple):
     @property
     def tied(self) -> jax.Array:
         """Whether the bracket is over indices."""
-        low, high = self.ends.key
+        low, high = halves(self.ends.key)
         return high - low <= np.ones((), low.dtype)
 
     @property
     def width(self) -> jax.Array:
         """How many keys or indices are left."""
-        (low, high), (first, last) = self.ends
+        (low, high), (first, last) = map(halves, self.ends)
         last = jnp.where(high == low, last, self.size.astype(low.dtype))
         return jnp.where(self.tied, last - first, high - low)
 
@@ -94,15 +94,15 @@ class Brackets(NamedTuple):
 
         Units of several weights may step over that; the low end is then the answer.
         """
-        met = (self.kept[1] == self.want)[None]
-        once = jax.tree.map(lambda x: jnp.where(met, x[1:], x[:1]), self.ends)
+        met = halves(self.kept)[1] == self.want
+        once = jax.tree.map(partial(jnp.where, met), *reversed(halves(self.ends)))
         # The barrier, here and in a guess, keeps the compiler from finding it for every leaf.
         twice = jax.tree.map(lambda x: jnp.broadcast_to(x, self.kept.shape), once)
         return lax.optimization_barrier(twice)
 
     def unfinished(self) -> jax.Array:
         """Whether any bracket is still to be narrowed."""
-        below, above = self.kept
+        below, above = halves(self.kept)
         met = (above == self.want) | (below == self.want)
         return jnp.any(_loops.grid((~met & (self.width > 1)).reshape(-1)))
 
@@ -124,10 +124,10 @@ def within(over: jax.Array, ends: jax.Array, guesses: jax.Array) -> jax.Array:
 
     ``over`` tells of each guess whether it keeps as much as that.
     """
-    high = _high(ends)
-    first = jnp.where(high, guesses[:1], ends[:1])
-    last = jnp.where(high, ends[1:], guesses[1:])
-    return jnp.where(over[:1], first, jnp.where(over[1:], guesses, last))
+    (low, high), (lower, higher), (above, beyond) = map(halves, (ends, guesses, over))
+    first = jnp.where(second(ends), lower, low)
+    last = jnp.where(second(ends), high, higher)
+    return jnp.where(above, first, jnp.where(beyond, guesses, last))
 
 
 def narrow(state: Brackets, guesses: Cut, over: jax.Array, counts: jax.Array) -> Brackets:
@@ -142,7 +142,7 @@ def narrow(state: Brackets, guesses: Cut, over: jax.Array, counts: jax.Array) ->
 
 def ranks(state: Brackets) -> Ranks:
     """Of each bracket on its own."""
-    below, above = state.kept
+    below, above = halves(state.kept)
     sizes = (below, state.want - below, above - below, state.size)
     return Ranks(*(x.astype(jnp.float32) for x in sizes))
 
@@ -153,21 +153,21 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     Zeros, often many, are told from what is above and below.
     """
     zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
-    low, first = state.ends.key[0], state.ends.end[0]
+    low, first = halves(state.ends)[0]
     start, tied = state.step == 0, state.tied
     width = lax.optimization_barrier(state.width)
     middle, apart = _estimate(keys, state, width, ranks)
     extent = width.astype(jnp.float32)
-    apart = jnp.minimum(apart, extent * np.float32(1 / 6))[None]
-    both = middle[None] + jnp.where(_high(state.kept), apart, -apart)
-    both = jnp.clip(both, 0.0, (extent * np.float32(1 - 2.0**-20))[None]).astype(width.dtype)
+    apart = jnp.minimum(apart, extent * np.float32(1 / 6))
+    both = middle + jnp.where(second(state.kept), apart, -apart)
+    both = jnp.clip(both, 0.0, extent * np.float32(1 - 2.0**-20)).astype(width.dtype)
     least = jnp.minimum(width, one)
-    both = jnp.clip(both, least[None], jnp.maximum(width - least, least)[None])
-    both = both + jnp.where(tied, first, low)[None]
+    both = jnp.clip(both, least, jnp.maximum(width - least, least))
+    both = both + jnp.where(tied, first, low)
     behind = (low == zero) & (width > one) & ~tied
-    both = jnp.where(behind[None] | (start & _high(both)), zero + behind.astype(low.dtype), both)
+    both = jnp.where(behind | (start & second(both)), zero + behind.astype(low.dtype), both)
     both = lax.optimization_barrier(jnp.where(start, jnp.minimum(both, zero), both))
-    cuts = Cut(jnp.where(tied[None], low[None], both), jnp.where(tied[None], both, 0))
+    cuts = Cut(jnp.where(tied, low, both), jnp.where(tied, both, 0))
     return lax.optimization_barrier(cuts)
 
 
@@ -184,7 +184,7 @@ def _estimate(
     the bracket. If that did not halve the bracket, the next two cuts take its thirds.
     """
     below, gain, span, size = ranks
-    (low, high), (start, _) = state.ends
+    (low, high), (start, _) = map(halves, state.ends)
     tied, octave = state.tied, np.float32(2.0**keys.octave)
     extent = width.astype(jnp.float32)
     wide = (width > state.before >> 1) & ~(tied & (high > low) & (start == 0))
@@ -223,8 +223,8 @@ def _beginning(x: jax.Array, size: jax.Array) -> jax.Array:
     return _log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5 - np.float32(127 / 2)
 
 
-def _high(pairs: jax.Array) -> np.ndarray:
-    """Which entries of the first axis, of two, are the high ones."""
+def second(pairs: jax.Array) -> np.ndarray:
+    """Which entries of the first axis, of two, are the second."""
     return np.array([False, True]).reshape(2, *[1] * (pairs.ndim - 1))
 
 

@@ -71,9 +71,8 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
     return jnp.minimum(key, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
-def kept(leaf: jax.Array, cut: Cut, index: jax.Array, grain: int) -> jax.Array:
-    """What a cut keeps of a leaf; ``index`` is the place of every entry in its slice."""
-    key, index = order(leaf, cut.key.dtype, grain), index.astype(cut.key.dtype)
+def kept(key: jax.Array, index: jax.Array, cut: Cut) -> jax.Array:
+    """What a cut keeps of entries with these keys and places in their slices."""
     return key < cut.key + (index < cut.end).astype(key.dtype)
 
 
@@ -81,13 +80,23 @@ def views(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> list[jax.Array]:
     """What each of two cuts keeps of a leaf, with indices along ``axes``."""
-    leaf, index = _tied(leaf, step, axes)
-    return [kept(leaf, cut, index, grain) for cut in cuts.both()]
+    places = _places(leaf, cuts, step, axes, grain)
+    return [kept(*places, cut) for cut in cuts.both()]
 
 
 def few(leaf: jax.Array) -> bool:
     """Whether a pass over a leaf takes less time than its code takes to compile."""
     return leaf.size < _STRIPS_FROM
+
+
+def halves(pair: PyTree) -> tuple[PyTree, PyTree]:
+    """The first of two entries and the second; the axis stays, with size 1.
+
+    Without it every sum with a pair is a reshape, which the compiler moves past one operation at a
+    time, and goes over the whole program each time.
+    """
+    first, second = (jax.tree.map(lambda x, i=i: x[i : i + 1], pair) for i in range(2))
+    return first, second
 
 
 def count(leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int) -> Sums:
@@ -112,7 +121,7 @@ def keep(
     """What two equal cuts keep; of few entries by the code that counted them."""
 
     def alone(leaf, cuts, step):
-        return kept(leaf, cuts.both()[0], indices(leaf.shape, axes, step), grain)
+        return views(leaf, cuts, step, axes, grain)[0]
 
     if not few(leaf):
         return alone(leaf, cuts, step)
@@ -145,18 +154,21 @@ def _bytes(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> jax.Array:
     """Two views as bytes, in one array."""
-    leaf, index = _tied(leaf, step, axes)
-    return lax.optimization_barrier(kept(leaf[None], cuts, index[None], grain).astype(jnp.int8))
+    places = _places(leaf, cuts, step, axes, grain)
+    both = kept(*(jnp.broadcast_to(x, (2, *leaf.shape)) for x in places), cuts)
+    return lax.optimization_barrier(both.astype(jnp.int8))
 
 
-def _tied(leaf: jax.Array, step: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """A leaf and its indices, tied to the iteration by a barrier and a zero made of ``step``.
+def _places(
+    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and indices, tied to the iteration by a barrier and a zero made of ``step``.
 
-    Without them the compiler computes keys and indices once, ahead of the loop, and holds 8 bytes
-    per weight.
+    Without them the compiler computes both once, ahead of the loop, and holds 8 bytes per weight.
     """
     leaf, step = lax.optimization_barrier((leaf, step))
-    return leaf, indices(leaf.shape, axes, step)
+    dtype = cuts.key.dtype
+    return order(leaf, dtype, grain), indices(leaf.shape, axes, step).astype(dtype)
 
 
 def counts(sums: Sums) -> jax.Array:

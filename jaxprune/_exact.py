@@ -82,17 +82,18 @@ def maximum(a: Wide, b: Wide) -> Wide:
 
 
 def total(number: Wide | jax.Array) -> Wide:
-    """The sum over the last axis, of up to 65,536 entries; of numbers or of a uint32 array.
+    """The sum over the last axis, which stays; of up to 65,536 numbers, or of a uint32 array.
 
     Digits of eight bits are added as floats, in which whole numbers up to 2^24 are exact: sums of
     integers take longer to compile.
     """
     if isinstance(number, Wide):
         return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
-    shifts = np.array(_SHIFTS, np.uint32).reshape(-1, *[1] * number.ndim)
-    digits = (number[None] >> shifts) & np.uint32(255)
+    shifts = np.array(_SHIFTS, np.uint32).reshape(*[1] * (number.ndim - 1), -1, 1)
+    digits = (number[..., None, :] >> shifts) & np.uint32(255)
     sums = jnp.sum(_loops.grid(digits.astype(jnp.int32).astype(jnp.float32)), (-2, -1))
-    first, third, second, fourth = sums.astype(jnp.int32).astype(jnp.uint32)
+    sums = sums.astype(jnp.int32).astype(jnp.uint32)
+    first, third, second, fourth = (sums[..., i : i + 1] for i in range(4))
     byte = np.uint32(255)
     low = first + ((second & byte) << 8)
     middle = third + (second >> 8) + (low >> 16) + ((fourth & byte) << 8)

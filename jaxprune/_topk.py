@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _counting, _exact, _placement
-from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, within
-from jaxprune._counting import Cut
+from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, second, within
+from jaxprune._counting import Cut, halves
 
 _UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
 
@@ -40,7 +40,7 @@ def top(
         return []
     problem = _Leaves(leaves, kinds=kinds)
     want = jnp.stack([jnp.asarray(k, jnp.int32) for k in keep])[problem.order]
-    return problem.masks(_search(problem, want.astype(jnp.uint32)))
+    return problem.masks(_search(problem, want.astype(jnp.uint32)[None]))
 
 
 @partial(jax.jit, static_argnames="axes")
@@ -51,7 +51,7 @@ def top_slices(leaf: jax.Array, keep: jax.Array, *, axes: tuple[int, ...]) -> ja
     counted over ``axes`` in the order given.
     """
     problem = _Slices(leaf, axes)
-    return problem.masks(_search(problem, keep.astype(jnp.uint32)))[0]
+    return problem.masks(_search(problem, keep.astype(jnp.uint32)[None]))[0]
 
 
 @partial(jax.jit, static_argnames=("costs", "floors", "kinds", "counts_only"))
@@ -90,14 +90,14 @@ def top_shared(
     state = _search(problem, None, shared, counts_only=counts_only)
     masks = [] if counts_only else problem.masks(state)
     place = np.argsort(problem.order)
-    return masks, list(state.want.astype(jnp.int32)[place])
+    return masks, list(state.want[0].astype(jnp.int32)[place])
 
 
 @jax.jit
 def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     """Mask of the longest ranked prefix of units whose sizes, together, do not exceed ``keep``."""
     problem = _Leaves((units,), (sizes,))
-    (mask,) = problem.masks(_search(problem, keep.astype(jnp.uint32)[None]))
+    (mask,) = problem.masks(_search(problem, keep.astype(jnp.uint32)[None, None]))
     return lax.optimization_barrier(mask)  # or every weight of a unit finds out again
 
 
@@ -121,7 +121,7 @@ class _Shared(NamedTuple):
 
 
 class _Leaves:
-    """One cut for each leaf; state arrays have an entry for each, part by part.
+    """One cut for each leaf; the last axis of state arrays has an entry for each, part by part.
 
     A part is one leaf, or small leaves of one kind and type stacked: the compiler takes as long for
     a part as for a leaf. Leaves of one kind are expected to be sharded alike.
@@ -143,11 +143,10 @@ class _Leaves:
     def whole(self) -> Any:
         """How many weights each leaf holds."""
         if self.sizes is None:
-            return np.array([self.leaves[i].size for i in self.order], np.uint32)
+            return np.array([[self.leaves[i].size for i in self.order]], np.uint32)
         pairs = zip(self.leaves, self.sizes, strict=True)
-        return jnp.stack(
-            [_weighed(jnp.ones(u.shape, bool), size, tuple(range(u.ndim))) for u, size in pairs]
-        )
+        weights = [_weighed(jnp.ones(u.shape, bool), n, tuple(range(u.ndim))) for u, n in pairs]
+        return jnp.stack(weights)[None]
 
     def totals(self) -> jax.Array:
         """Roughly the sum of the positive scores of each leaf, once for every weight."""
@@ -157,8 +156,8 @@ class _Leaves:
                 part * jnp.broadcast_to(jnp.asarray(size).astype(part.dtype), part.shape)
                 for part, size in zip(parts, self.sizes, strict=True)
             ]
-        sums = [_counting.totals(part, tuple(range(1, part.ndim))).reshape(-1) for part in parts]
-        return jnp.concatenate([x.astype(jnp.float32) for x in sums])
+        sums = [_counting.totals(part, tuple(range(1, part.ndim))).reshape(1, -1) for part in parts]
+        return jnp.concatenate([x.astype(jnp.float32) for x in sums], 1)
 
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
@@ -187,7 +186,7 @@ class _Leaves:
 
 
 class _Slices:
-    """One cut for each slice along ``axes``; state arrays have the leaf's rank."""
+    """One cut for each slice along ``axes``; the other axes of state arrays are the leaf's."""
 
     def __init__(self, leaf: jax.Array, axes: tuple[int, ...]):
         self.leaves, self.axes, self.keys = (leaf,), axes, Keys.of((leaf,))
@@ -196,7 +195,7 @@ class _Slices:
         return np.uint32(math.prod(self.leaves[0].shape[axis] for axis in self.axes))
 
     def totals(self) -> jax.Array:
-        return _counting.totals(self.leaves[0], self.axes).astype(jnp.float32)
+        return _counting.totals(self.leaves[0], self.axes).astype(jnp.float32)[None]
 
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         found = _counting.count(self.leaves[0], cuts, step, self.axes, self.keys.grain)
@@ -263,7 +262,7 @@ def _search(
     looking, spent = jnp.zeros((), bool), None
     if shared is not None:
         looking, spent = state.step == 0, shared.spent(state.kept)
-        _, everything = _pair(spent)
+        _, everything = halves(spent)
 
     def unfinished(carry):
         state, looking, _ = carry
@@ -273,56 +272,52 @@ def _search(
         state, looking, spent = carry
         ranked = ranks(state)
         if shared is not None:
-            least, most = _pair(spent)
+            least, most = halves(spent)
             gain, span = (_exact.subtract(x, least) for x in (shared.budget, most))
             pooled = Ranks(*map(_exact.to_float, (least, gain, span, everything)))
             ranked = jax.tree.map(partial(jnp.where, looking), pooled, ranked)
         guesses = guess(problem.keys, state, ranked)
         counts = problem.tally(guesses, state.step)
-        over = counts >= state.want[None]
+        over = counts >= state.want
         if shared is None:
             return narrow(state, guesses, over, counts), looking, spent
         now = lax.optimization_barrier(shared.spent(counts))
         beyond = lax.optimization_barrier(_exact.less(shared.budget, now))
-        over = lax.optimization_barrier(jnp.where(looking, beyond[:, None], over))
+        over = lax.optimization_barrier(jnp.where(looking, beyond, over))
         state = narrow(state, guesses, over, counts)
         spent = jax.tree.map(partial(within, beyond), spent, now)
-        least, _ = _pair(spent)
-        still = looking & _exact.less(least, shared.budget) & ~state.tied[0]
+        least, _ = halves(spent)
+        still = (looking & _exact.less(least, shared.budget) & ~state.tied[:, :1]).reshape(())
         share = partial(_share_out, problem.keys, state, least, shared)
         return lax.cond(looking & ~still, share, lambda: state), still, spent
 
     return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
 
-def _pair(spent: _exact.Wide) -> tuple[_exact.Wide, _exact.Wide]:
-    """What the low end costs, and the high one."""
-    return jax.tree.map(lambda x: x[0], spent), jax.tree.map(lambda x: x[1], spent)
-
-
 def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
     """The widest bracket: nothing kept at its low end, everything at its high end."""
     keys, whole = problem.keys, problem.whole()
     shape = np.shape(whole) if want is None else want.shape
-    zero = jnp.zeros(shape, jnp.uint32)
+    zeros = jnp.zeros((2, *shape[1:]), jnp.uint32)
+    nothing = zeros.astype(keys.dtype)
     if any(_placement.typed_by_mesh(leaf) for leaf in problem.leaves):
         # Counts of an empty cut are zero, and of the type that a loop requires of its carry.
-        nothing = jnp.stack([zero.astype(keys.dtype)] * 2)
-        zero = problem.tally(Cut(nothing, nothing), jnp.int32(0))[0]
-    low = zero.astype(keys.dtype)
+        zeros = problem.tally(Cut(nothing, nothing), jnp.int32(0))
+        nothing = zeros.astype(keys.dtype)
+    zero, low = zeros[:1], nothing[:1]
     size = zero + jnp.asarray(whole, jnp.uint32)
     total, weights = problem.totals(), size.astype(jnp.float32)
     if shared is not None:
-        costs = np.array(shared.costs, np.float32)
+        costs = np.array([shared.costs], np.float32)
         total, weights = (jnp.sum(x * costs, keepdims=True) for x in (total, weights))
     deviation = np.float32(np.sqrt(np.pi / 2)) * total / jnp.maximum(weights, 1.0)
     deviation = jnp.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
     return Brackets(
-        ends=Cut(jnp.stack([low, low + keys.number(keys.end)]), jnp.stack([low, low])),
-        kept=jnp.stack([zero, size]),
+        ends=Cut(jnp.where(second(zeros), keys.number(keys.end), nothing), nothing),
+        kept=jnp.where(second(zeros), size, zeros),
         size=size,
         want=zero + (np.uint32(_UNKNOWN) if want is None else want),
-        before=low + keys.number(keys.end),
+        before=low,
         unit=low + _counting.order(deviation, keys.dtype, keys.grain),
         step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
     )
@@ -330,24 +325,23 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
 
 def _share_out(keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared) -> Brackets:
     """Where one key for all leaves is found, the count of each, and its bracket from there on."""
-    (low, high), (below, above) = state.ends.key, state.kept
-    base = jnp.maximum(below, np.array(shared.floors, np.uint32))
+    (low, high), (below, above) = map(halves, (state.ends.key, state.kept))
+    base = jnp.maximum(below, np.array([shared.floors], np.uint32))
     room = jnp.maximum(above, base) - base
     want = base + _spend(_exact.subtract(shared.budget, least), room, shared)
-    inside = want <= above
-    ends = jnp.where(inside, low, high), jnp.where(inside, high, keys.number(keys.end))
-    kept = jnp.where(inside, below, above), jnp.where(inside, above, state.size)
-    cuts = state.ends._replace(key=jnp.stack(ends))
-    return state._replace(want=want, ends=cuts, kept=jnp.stack(kept))
+    inside, last = want <= above, second(state.kept)
+    behind = jnp.where(last, keys.number(keys.end), high), jnp.where(last, state.size, above)
+    key, kept = map(partial(jnp.where, inside), (state.ends.key, state.kept), behind)
+    return state._replace(want=want, ends=state.ends._replace(key=key), kept=kept)
 
 
 def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     """How many of the ``room[i]`` tied weights of each leaf the rest pays for, in leaf order."""
-    prices = jnp.asarray(np.array(shared.costs, np.uint32))
+    prices = jnp.asarray(np.array([shared.costs], np.uint32))
     plain = all(cost == 1 for cost in shared.costs)
     worth = _exact.from_uint32(room) if plain else _exact.multiply(room, prices)
-    before = _exact.before(jax.tree.map(lambda x: x[np.argsort(shared.rank)], worth))
-    before = jax.tree.map(lambda x: x[np.array(shared.rank)], before)
+    before = _exact.before(jax.tree.map(lambda x: x[:, np.argsort(shared.rank)], worth))
+    before = jax.tree.map(lambda x: x[:, np.array(shared.rank)], before)
     left = _exact.subtract(_exact.maximum(rest, before), before)
     if plain:
         return jnp.where(left.high > 0, room, jnp.minimum(left.low, room))

@@ -302,17 +302,19 @@ def _webster(
     point, and of the next one for the leaves of an index below ``ahead``. Both are found bit by
     bit, as the largest that do not overspend.
     """
-    weights = jnp.asarray(weights)
-    cap, floor = (jnp.asarray(np.array(bound, np.uint32)) for bound in (caps, floors))
+    weights = jnp.asarray(weights)[None]
+    cap, floor = (np.array([bound], np.uint32) for bound in (caps, floors))
 
     def seats(words):
-        high, middle, low, ahead = words
+        high, middle, low, ahead = (words[i : i + 1] for i in range(4))
         step = (lax.iota(jnp.uint32, len(caps)) < ahead).astype(jnp.uint32)
         low = low + step
         middle = middle + (low < step).astype(jnp.uint32)
         high = high + ((middle == 0) & (low < step)).astype(jnp.uint32)
-        products = _exact.multiply(weights[None], jnp.stack([high, middle, low]))
-        whole, rounded, rest = (jax.tree.map(lambda x, i=i: x[i], products) for i in range(3))
+        products = _exact.multiply(weights, jnp.stack([high, middle, low]))
+        whole, rounded, rest = (
+            jax.tree.map(lambda x, i=i: x[i : i + 1], products) for i in range(3)
+        )
         for word in (rest.high, jnp.uint32(1 << 31)):
             rounded = _exact.add(rounded, _exact.from_uint32(word))
         whole = _exact.add(whole, _exact.from_uint32(rounded.high))
@@ -328,18 +330,18 @@ def _webster(
         value = np.uint32(1 << 31) >> (place & np.uint32(31))
         return jnp.where(place >> 5 == np.arange(4, dtype=np.uint32), value, np.uint32(0))
 
-    def decide(i, carry):
-        trial, _ = carry
+    def decide(carry):
+        i, trial, _ = carry
         found = seats(trial)
-        over = _exact.less(budget, _exact.total(found))
-        return jnp.where(over, trial ^ bit(i), trial) | bit(i + 1), found
+        over = _exact.less(budget, _exact.total(found))[0]
+        return i + 1, jnp.where(over, trial ^ bit(i), trial) | bit(i + 1), found
 
     # The last turn decides no bit: what is found is what was decided. The zero has the varying axes
-    # that budget and weights have under shard_map.
-    zero = (budget.low + weights[0]) * np.uint32(0)
-    turns = 129 - skipped
-    _, kept = lax.fori_loop(1, turns, decide, (bit(1) + zero, cap + zero))
-    return kept.astype(jnp.int32)
+    # that budget and weights have under shard_map. (A fori_loop would carry a second counter.)
+    zero = (budget.low + weights[0, 0]) * np.uint32(0)
+    start = jnp.int32(1), bit(1) + zero, cap + zero
+    _, _, kept = lax.while_loop(lambda carry: carry[0] < 129 - skipped, decide, start)
+    return kept[0].astype(jnp.int32)
 
 
 def _numbers(scores: Scores, costs: PyTree) -> list[float]:

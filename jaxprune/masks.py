@@ -167,7 +167,7 @@ def density(masks: Masks) -> jax.Array:
     if not leaves:
         raise ValueError("no mask to measure: the tree holds no leaf")
     counts = jnp.stack([jnp.sum(mask, dtype=jnp.uint32) for mask in leaves])
-    kept = _exact.to_float(_exact.total(counts))
+    kept = _exact.to_float(_exact.total(counts))[0]
     return kept / np.float32(sum(mask.size for mask in leaves))
 
 

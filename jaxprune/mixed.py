@@ -192,7 +192,7 @@ def _budget(
     kept = jnp.stack([k.astype(jnp.uint32) for k in counts])
     paid = _exact.total(_exact.multiply(kept, jnp.asarray(np.array(prices, np.uint32))))
     least = sum(price * floor for price, floor in zip(prices, floors, strict=True))
-    return _exact.maximum(paid, _exact.constant(least))
+    return _exact.maximum(jax.tree.map(jnp.squeeze, paid), _exact.constant(least))
 
 
 def _is_counts(budget: Any) -> bool:

@@ -183,5 +183,5 @@ def test_few_passes_find_the_cut(kind, most):
     leaf = jnp.abs(scores((64, 512), jnp.float32, kind, 1))
     for keep in (1, 300, leaf.size // 2, leaf.size - 1):
         problem = _topk._Leaves((leaf,))
-        found = _topk._search(problem, jnp.array([keep], jnp.uint32))
+        found = _topk._search(problem, jnp.array([[keep]], jnp.uint32))
         assert int(found.step) <= most
