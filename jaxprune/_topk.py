@@ -277,8 +277,8 @@ def _search(
             pooled = Ranks(*map(_exact.to_float, (least, gain, span, everything)))
             ranked = jax.tree.map(partial(jnp.where, looking), pooled, ranked)
         guesses = guess(problem.keys, state, ranked)
-        counts = problem.tally(guesses, state.step)
-        over = counts >= state.want
+        counts = lax.optimization_barrier(problem.tally(guesses, state.step))
+        over = lax.optimization_barrier(counts >= state.want)
         if shared is None:
             return narrow(state, guesses, over, counts), looking, spent
         now = lax.optimization_barrier(shared.spent(counts))
