@@ -144,8 +144,9 @@ def main(argv=None):
     rows += [[name, f"{medians[name]:.2f}", f"{ratios.get(name, 1.0):.3f}"] for name in runs]
     print(_timing.table(rows))
 
-    turns = 1 if args.quick else 5
-    compiling: dict[str, list[float]] = {name: [] for name in makers if name != "dense again"}
+    turns = 1 if args.quick else 11
+    programs = "dense", "uniform, every 10", "global, every 10"  # the others are compiled the same
+    compiling: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(turns):
         for name in compiling:
             compiling[name].append(compile_seconds(makers[name]()))

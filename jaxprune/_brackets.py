@@ -86,8 +86,8 @@ class Brackets(NamedTuple):
     def width(self) -> jax.Array:
         """How many keys or indices are left."""
         (low, high), (first, last) = map(halves, self.ends)
-        last = jnp.where(high == low, last, self.size.astype(low.dtype))
-        return jnp.where(self.tied, last - first, high - low)
+        last = _loops.where(high == low, last, self.size.astype(low.dtype))
+        return _loops.where(self.tied, last - first, high - low)
 
     def answer(self) -> Cut:
         """The end that keeps what is wanted, twice.
@@ -95,7 +95,7 @@ class Brackets(NamedTuple):
         Units of several weights may step over that; the low end is then the answer.
         """
         met = halves(self.kept)[1] == self.want
-        once = jax.tree.map(partial(jnp.where, met), *reversed(halves(self.ends)))
+        once = jax.tree.map(partial(_loops.where, met), *reversed(halves(self.ends)))
         # The barrier, here and in a guess, keeps the compiler from finding it for every leaf.
         twice = jax.tree.map(lambda x: jnp.broadcast_to(x, self.kept.shape), once)
         return lax.optimization_barrier(twice)
@@ -125,9 +125,9 @@ def within(over: jax.Array, ends: jax.Array, guesses: jax.Array) -> jax.Array:
     ``over`` tells of each guess whether it keeps as much as that.
     """
     (low, high), (lower, higher), (above, beyond) = map(halves, (ends, guesses, over))
-    first = jnp.where(second(ends), lower, low)
-    last = jnp.where(second(ends), high, higher)
-    return jnp.where(above, first, jnp.where(beyond, guesses, last))
+    first = _loops.where(second(ends), lower, low)
+    last = _loops.where(second(ends), high, higher)
+    return _loops.where(above, first, _loops.where(beyond, guesses, last))
 
 
 def narrow(state: Brackets, guesses: Cut, over: jax.Array, counts: jax.Array) -> Brackets:
@@ -159,15 +159,16 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     middle, apart = _estimate(keys, state, width, ranks)
     extent = width.astype(jnp.float32)
     apart = jnp.minimum(apart, extent * np.float32(1 / 6))
-    both = middle + jnp.where(second(state.kept), apart, -apart)
-    both = jnp.clip(both, 0.0, extent * np.float32(1 - 2.0**-20)).astype(width.dtype)
+    both = middle + _loops.where(second(state.kept), apart, -apart)
+    extent = extent * np.float32(1 - 2.0**-20)
+    both = jnp.minimum(jnp.maximum(both, 0.0), extent).astype(width.dtype)
     least = jnp.minimum(width, one)
-    both = jnp.clip(both, least, jnp.maximum(width - least, least))
-    both = both + jnp.where(tied, first, low)
+    both = jnp.minimum(jnp.maximum(both, least), jnp.maximum(width - least, least))
+    both = both + _loops.where(tied, first, low)
     behind = (low == zero) & (width > one) & ~tied
-    both = jnp.where(behind | (start & second(both)), zero + behind.astype(low.dtype), both)
-    both = lax.optimization_barrier(jnp.where(start, jnp.minimum(both, zero), both))
-    cuts = Cut(jnp.where(tied, low, both), jnp.where(tied, both, 0))
+    both = _loops.where(behind | (start & second(both)), zero + behind.astype(low.dtype), both)
+    both = lax.optimization_barrier(_loops.where(start, jnp.minimum(both, zero), both))
+    cuts = Cut(_loops.where(tied, low, both), _loops.where(tied, both, 0))
     return lax.optimization_barrier(cuts)
 
 
@@ -193,24 +194,27 @@ def _estimate(
     lack = _exp2(last * 2.0 + 127) * np.float32(np.pi / 4 / np.log(2))
     unit = (state.unit.astype(jnp.float32) - low.astype(jnp.float32)) * np.float32(1 / octave)
     one = np.float32(-np.log2(np.pi / 2) / 2)  # where the tail of one deviation begins
-    beyond = jnp.where(below > 0, first, unit + one - lack) - wanted
-    beyond = jnp.clip(beyond * octave, 0.0, extent)
+    beyond = _loops.where(below > 0, first, unit + one - lack) - wanted
+    beyond = jnp.minimum(jnp.maximum(beyond * octave, 0.0), extent)
     margin = (jnp.int32(1) << jnp.minimum(state.step, 12)).astype(jnp.float32)
 
     inverse = lax.optimization_barrier(1.0 / jnp.maximum(span, 1.0))
-    share = jnp.clip(gain * inverse, 0.0, 1.0)
+    share = _clamp(gain * inverse, 0.0, 1.0)
     rest = jnp.minimum(share, 1.0 - share) + inverse * 0.5
     part = (first - wanted) * _inverse(jnp.maximum(first - last, np.float32(2.0**-20)))
     linear = tied | (width >> (keys.octave - 2) == 0)
-    part = jnp.where(linear, share, jnp.clip(part, 0.0, 1.0))
-    model = jnp.where(tied, 0.0, extent * np.float32(0.125 / octave))
+    part = _loops.where(linear, share, _clamp(part, 0.0, 1.0))
+    model = _loops.where(tied, 0.0, extent * np.float32(0.125 / octave))
     apart = _exp2((_log2(rest) + _log2(inverse)) * 0.5) + model
-    part, apart = jnp.where(wide, np.float32(0.5), part), jnp.where(wide, np.float32(1.0), apart)
+    part, apart = (
+        _loops.where(wide, np.float32(0.5), part),
+        _loops.where(wide, np.float32(1.0), apart),
+    )
 
     far = (width >> (keys.octave + 2) > 0) & ((state.step == 0) | (high <= keys.number(keys.zero)))
     far = far & ~tied & ~(wide & (state.step > _PATIENCE))
-    middle = jnp.where(far, beyond, part * extent)
-    return middle, jnp.where(far, margin * np.float32(octave / 32), apart * extent)
+    middle = _loops.where(far, beyond, part * extent)
+    return middle, _loops.where(far, margin * np.float32(octave / 32), apart * extent)
 
 
 def _beginning(x: jax.Array, size: jax.Array) -> jax.Array:
@@ -236,8 +240,12 @@ def _log2(x: jax.Array) -> jax.Array:
 
 def _exp2(x: jax.Array) -> jax.Array:
     """Undo ``_log2``."""
-    bits = (jnp.clip(x, 1.0, 254.0) * np.float32(2.0**23)).astype(jnp.int32)
+    bits = (_clamp(x, 1.0, 254.0) * np.float32(2.0**23)).astype(jnp.int32)
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _clamp(x: jax.Array, low: float, high: float) -> jax.Array:
+    return lax.clamp(np.float32(low), x, np.float32(high))
 
 
 def _inverse(x: jax.Array) -> jax.Array:

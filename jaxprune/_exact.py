@@ -73,7 +73,7 @@ def less(a: Wide, b: Wide) -> jax.Array:
 
 def where(condition: jax.Array, a: Wide, b: Wide) -> Wide:
     """``a`` where the condition holds, else ``b``."""
-    return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+    return Wide(_loops.where(condition, a.high, b.high), _loops.where(condition, a.low, b.low))
 
 
 def maximum(a: Wide, b: Wide) -> Wide:
@@ -115,9 +115,9 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     the same under jit and eager, and the nearest integer to the last unit.
     """
     number = constant(n) if isinstance(n, int) else n
-    bits = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
+    bits = lax.clamp(np.float32(0), jnp.asarray(fraction, jnp.float32), np.float32(1))
     bits = lax.bitcast_convert_type(bits, jnp.uint32)
-    mantissa = jnp.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
+    mantissa = _loops.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
     # The product has three words; half of it is to be kept past a shift of 22 to 148 bits.
     low, high = multiply(mantissa, number.low), multiply(mantissa, number.high)
     upper = add(high, from_uint32(low.high))
@@ -126,13 +126,13 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     for step in (2, 1):
         skip = (shift >> 5) & np.uint32(step)
         words = [
-            jnp.where(skip > 0, words[i + step] if i + step < 5 else words[4], words[i])
+            _loops.where(skip > 0, words[i + step] if i + step < 5 else words[4], words[i])
             for i in range(5)
         ]
     rest = shift & np.uint32(31)
     halves = Wide(
         *(
-            jnp.where(shift < 128, (words[i] >> rest) | ((words[i + 1] << 1) << (31 - rest)), 0)
+            _loops.where(shift < 128, (words[i] >> rest) | ((words[i + 1] << 1) << (31 - rest)), 0)
             for i in (1, 0)
         )
     )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _counting, _exact, _placement
+from jaxprune import _counting, _exact, _loops, _placement
 from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, second, within
 from jaxprune._counting import Cut, halves
 
@@ -157,7 +157,8 @@ class _Leaves:
                 for part, size in zip(parts, self.sizes, strict=True)
             ]
         sums = [_counting.totals(part, tuple(range(1, part.ndim))).reshape(1, -1) for part in parts]
-        return jnp.concatenate([x.astype(jnp.float32) for x in sums], 1)
+        joint = jnp.concatenate([x.astype(jnp.float32) for x in sums], 1)
+        return lax.optimization_barrier(joint)  # or a sum of it goes over the weights once more
 
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
@@ -275,7 +276,7 @@ def _search(
             least, most = halves(spent)
             gain, span = (_exact.subtract(x, least) for x in (shared.budget, most))
             pooled = Ranks(*map(_exact.to_float, (least, gain, span, everything)))
-            ranked = jax.tree.map(partial(jnp.where, looking), pooled, ranked)
+            ranked = jax.tree.map(partial(_loops.where, looking), pooled, ranked)
         guesses = guess(problem.keys, state, ranked)
         counts = lax.optimization_barrier(problem.tally(guesses, state.step))
         over = lax.optimization_barrier(counts >= state.want)
@@ -283,7 +284,7 @@ def _search(
             return narrow(state, guesses, over, counts), looking, spent
         now = lax.optimization_barrier(shared.spent(counts))
         beyond = lax.optimization_barrier(_exact.less(shared.budget, now))
-        over = lax.optimization_barrier(jnp.where(looking, beyond, over))
+        over = lax.optimization_barrier(_loops.where(looking, beyond, over))
         state = narrow(state, guesses, over, counts)
         spent = jax.tree.map(partial(within, beyond), spent, now)
         least, _ = halves(spent)
@@ -311,10 +312,10 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
         costs = np.array([shared.costs], np.float32)
         total, weights = (jnp.sum(x * costs, keepdims=True) for x in (total, weights))
     deviation = np.float32(np.sqrt(np.pi / 2)) * total / jnp.maximum(weights, 1.0)
-    deviation = jnp.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
+    deviation = _loops.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
     return Brackets(
-        ends=Cut(jnp.where(second(zeros), keys.number(keys.end), nothing), nothing),
-        kept=jnp.where(second(zeros), size, zeros),
+        ends=Cut(_loops.where(second(zeros), keys.number(keys.end), nothing), nothing),
+        kept=_loops.where(second(zeros), size, zeros),
         size=size,
         want=zero + (np.uint32(_UNKNOWN) if want is None else want),
         before=low,
@@ -325,13 +326,13 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
 
 def _share_out(keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared) -> Brackets:
     """Where one key for all leaves is found, the count of each, and its bracket from there on."""
-    (low, high), (below, above) = map(halves, (state.ends.key, state.kept))
+    (_, high), (below, above) = map(halves, (state.ends.key, state.kept))
     base = jnp.maximum(below, np.array([shared.floors], np.uint32))
     room = jnp.maximum(above, base) - base
     want = base + _spend(_exact.subtract(shared.budget, least), room, shared)
     inside, last = want <= above, second(state.kept)
-    behind = jnp.where(last, keys.number(keys.end), high), jnp.where(last, state.size, above)
-    key, kept = map(partial(jnp.where, inside), (state.ends.key, state.kept), behind)
+    behind = _loops.where(last, keys.number(keys.end), high), _loops.where(last, state.size, above)
+    key, kept = map(partial(_loops.where, inside), (state.ends.key, state.kept), behind)
     return state._replace(want=want, ends=state.ends._replace(key=key), kept=kept)
 
 
@@ -344,11 +345,11 @@ def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     before = jax.tree.map(lambda x: x[:, np.array(shared.rank)], before)
     left = _exact.subtract(_exact.maximum(rest, before), before)
     if plain:
-        return jnp.where(left.high > 0, room, jnp.minimum(left.low, room))
+        return _loops.where(left.high > 0, room, jnp.minimum(left.low, room))
 
     def try_bit(i, bits):
         trial = bits | (np.uint32(1 << 30) >> i.astype(jnp.uint32))
         affordable = ~_exact.less(left, _exact.multiply(trial, prices))
-        return jnp.where((trial <= room) & affordable, trial, bits)
+        return _loops.where((trial <= room) & affordable, trial, bits)
 
     return lax.fori_loop(0, 31, try_bit, jnp.zeros_like(room))

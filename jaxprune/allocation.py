@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _exact, _placement, _sums, _topk, _tree
+from jaxprune import _checks, _exact, _loops, _placement, _sums, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
 
@@ -318,7 +318,7 @@ def _webster(
         for word in (rest.high, jnp.uint32(1 << 31)):
             rounded = _exact.add(rounded, _exact.from_uint32(word))
         whole = _exact.add(whole, _exact.from_uint32(rounded.high))
-        found = jnp.maximum(jnp.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
+        found = jnp.maximum(_loops.where(whole.high > 0, cap, jnp.minimum(whole.low, cap)), floor)
         return lax.optimization_barrier(found)
 
     # The first bit would be a multiplier above all caps; of the last word few bits are needed.
@@ -326,15 +326,15 @@ def _webster(
 
     def bit(i):
         place = jnp.uint32(i)
-        place = place + jnp.where(place < 96, np.uint32(0), np.uint32(skipped))
+        place = place + _loops.where(place < 96, np.uint32(0), np.uint32(skipped))
         value = np.uint32(1 << 31) >> (place & np.uint32(31))
-        return jnp.where(place >> 5 == np.arange(4, dtype=np.uint32), value, np.uint32(0))
+        return _loops.where(place >> 5 == np.arange(4, dtype=np.uint32), value, np.uint32(0))
 
     def decide(carry):
         i, trial, _ = carry
         found = seats(trial)
         over = _exact.less(budget, _exact.total(found))[0]
-        return i + 1, jnp.where(over, trial ^ bit(i), trial) | bit(i + 1), found
+        return i + 1, _loops.where(over, trial ^ bit(i), trial) | bit(i + 1), found
 
     # The last turn decides no bit: what is found is what was decided. The zero has the varying axes
     # that budget and weights have under shard_map. (A fori_loop would carry a second counter.)

@@ -243,7 +243,8 @@ def where_kept(leaf: jax.Array, mask: jax.Array) -> jax.Array:
 
 def zero_where_pruned(tree: PyTree, masks: Masks) -> PyTree:
     """Zero where pruned; leaves without a mask as they are."""
-    return _apply(where_kept, tree, masks)
+    zeros = _placement.filling(lambda _: 0)
+    return _apply(lambda leaf, mask: lax.select(mask, leaf, zeros(leaf)), tree, masks)
 
 
 @jax.custom_jvp

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from jaxprune import _checks, _counting, _tree
-from jaxprune._placement import full_like, placed_like
+from jaxprune._placement import filling, placed_like
 from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
 from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
 from jaxprune.saliency.accumulate import check_criterion, memory_of, score
@@ -172,7 +172,7 @@ def shrinking(
     _checks.check_key(key, optional=True)
 
     def propose(old, step, scores):
-        alive = _tree.map_governed(bury, old, scores)
+        alive = bury(old, scores)
         new, wanted = remask(alive, step, old)
         return _tree.map_governed(jnp.logical_and, old, new), wanted, _counting.any_nan(alive)
 
@@ -253,7 +253,11 @@ def key_at(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, step)
 
 
-def bury(mask: jax.Array, score: jax.Array) -> jax.Array:
+def bury(masks: Masks, scores: Scores) -> Scores:
     """Scores in which weights already pruned come last, so that exact counts stay exact."""
-    alive = jnp.maximum(score, jnp.asarray(jnp.finfo(score.dtype).min, score.dtype))
-    return lax.select(mask, alive, full_like(score, -jnp.inf))
+    least, below = filling(lambda dtype: jnp.finfo(dtype).min), filling(lambda _: -jnp.inf)
+
+    def last(mask, score):
+        return lax.select(mask, lax.max(score, least(score)), below(score))
+
+    return _tree.map_governed(last, masks, scores)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _tree
+from jaxprune import _checks
 from jaxprune._tree import kernels
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, Saliency, Trigger
 from jaxprune.allocation import allocate_global
@@ -74,7 +74,7 @@ def granet(
 
     def propose(old, step, drops, grows):
         wanted = jnp.clip(jnp.asarray(schedule(step), jnp.float32), 0.0, 1.0)
-        keep = allocate(_tree.map_governed(bury, old, drops), wanted)
+        keep = allocate(bury(old, drops), wanted)
         new, bad = exchange(old, drops, grows, keep, regeneration, mask)
         return new, wanted, bad
 

@@ -113,7 +113,7 @@ def exchange(
     old: Masks, drops: Scores, grows: Scores, keep: Counts, rate: Any, mask: Masking
 ) -> tuple[Masks, jax.Array]:
     """Masks of ``keep`` weights, a share ``rate`` of them chosen by ``grows``; bad if NaN."""
-    drops = _tree.map_governed(bury, old, drops)
+    drops = bury(old, drops)
     bad = _counting.any_nan(drops) | _counting.any_nan(grows)
     rate = jnp.clip(jnp.asarray(rate, jnp.float32), 0.0, 1.0)
     alive = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
