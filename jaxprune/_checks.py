@@ -1,6 +1,7 @@
 """Checks of what a user gives: numbers, keys, batches, and the functions of the pipeline."""
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,11 +19,32 @@ def is_concrete(value: Any) -> bool:
 
 
 def check_sparsity(value: Any, name: str = "sparsity") -> None:
-    """Raise a ``ValueError`` for a concrete value that is no fraction; traced ones are clamped."""
-    if is_concrete(value) and not (np.ndim(value) == 0 and 0.0 <= float(value) <= 1.0):
-        raise ValueError(
-            f"{name} is {value}; it is the fraction of weights removed, a number in [0, 1]"
+    """Raise a ``ValueError`` for a concrete value that is no fraction; traced ones are clamped.
+
+    A ``TypeError`` is raised for what is no number at all.
+    """
+    if callable(value) or isinstance(value, str):
+        raise TypeError(
+            f"{name} is {value!r}; it is a number in [0, 1] here: of a schedule give one value, "
+            "such as schedule(step)"
         )
+    if is_concrete(value) and not (np.ndim(value) == 0 and 0.0 <= float(value) <= 1.0):
+        raise ValueError(f"{name} is {value}; it is a fraction, a number in [0, 1]")
+
+
+def check_whole(**numbers: Any) -> None:
+    """Raise a ``TypeError`` for a number that is not whole, but for ``None``."""
+    for name, value in numbers.items():
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError as error:
+            raise TypeError(f"{name} is {value!r}; it is a whole number") from error
+
+
+def check_optimizer(inner: Any, name: str = "inner") -> None:
+    """Raise a ``TypeError`` unless ``inner`` is an optax transform."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"{name} is {inner!r}; it is an optax transform, such as optax.adam(1e-3)")
 
 
 def check_min_keep(min_keep: int) -> None:
@@ -79,6 +101,7 @@ _STEPS = {
     "prunable": _Step(("path", "leaf"), "jp.matching('kernel')"),
     "schedule": _Step(("step",), "jp.cubic_sparsity(0.9, 1_000)"),
     "when": _Step(("step",), "jp.every(10)"),
+    "progress": _Step(("layer",), "print"),
 }
 
 
@@ -162,6 +185,6 @@ class Target:
         if list(entry) != [self.name]:
             raise ValueError(
                 f"the state was made for a target of {', '.join(entry)}, this transform's is "
-                f"{self.name}; restore a checkpoint of the same run, or start anew with "
-                "masks=jp.get_masks(state, params)"
+                f"{self.name}; restore a checkpoint of the same run, or start anew (towards a "
+                "higher sparsity with masks=jp.get_masks(state, params))"
             )

@@ -155,8 +155,8 @@ def _bytes(
 ) -> jax.Array:
     """Two views as bytes, in one array."""
     places = _places(leaf, cuts, step, axes, grain)
-    both = kept(*(jnp.broadcast_to(x, (2, *leaf.shape)) for x in places), cuts)
-    return lax.optimization_barrier(both.astype(jnp.int8))
+    key, index = (jnp.broadcast_to(x, (2, *leaf.shape)) for x in places)
+    return lax.optimization_barrier(kept(key, index, cuts).astype(jnp.int8))
 
 
 def _places(

@@ -118,23 +118,18 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     bits = lax.clamp(np.float32(0), jnp.asarray(fraction, jnp.float32), np.float32(1))
     bits = lax.bitcast_convert_type(bits, jnp.uint32)
     mantissa = _loops.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
-    # The product has three words; half of it is to be kept past a shift of 22 to 148 bits.
-    low, high = multiply(mantissa, number.low), multiply(mantissa, number.high)
-    upper = add(high, from_uint32(low.high))
+    # The product has three words, 87 bits; half of it is to be kept past a shift of 22 or more.
+    low = multiply(mantissa, number.low)
+    upper = from_uint32(low.high)
+    if not isinstance(n, int) or n >> 32:
+        upper = add(upper, multiply(mantissa, number.high))
     words = [low.low, upper.low, upper.high, *[jnp.zeros_like(low.low)] * 2]
-    shift = np.uint32(149) - (bits >> 23)
-    for step in (2, 1):
-        skip = (shift >> 5) & np.uint32(step)
-        words = [
-            _loops.where(skip > 0, words[i + step] if i + step < 5 else words[4], words[i])
-            for i in range(5)
-        ]
+    shift = jnp.minimum(np.uint32(149) - (bits >> 23), np.uint32(95))
+    words = [
+        _loops.where(shift < 32, words[i], _loops.where(shift < 64, words[i + 1], words[i + 2]))
+        for i in range(3)
+    ]
     rest = shift & np.uint32(31)
-    halves = Wide(
-        *(
-            _loops.where(shift < 128, (words[i] >> rest) | ((words[i + 1] << 1) << (31 - rest)), 0)
-            for i in (1, 0)
-        )
-    )
+    halves = Wide(*((words[i] >> rest) | ((words[i + 1] << 1) << (31 - rest)) for i in (1, 0)))
     rounded = Wide(halves.high >> 1, (halves.low >> 1) | (halves.high << 31))
     return add(rounded, from_uint32(halves.low & 1))

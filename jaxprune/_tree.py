@@ -217,6 +217,11 @@ def check_like(what: str, tree: PyTree, params: Params, *, allow_extra: bool = F
 def check_masks(masks: PyTree, params: Params) -> None:
     """Raise unless ``masks`` fits ``params`` and holds bools."""
     check_like("masks", masks, params)
+    check_bools(masks)
+
+
+def check_bools(masks: PyTree) -> None:
+    """Raise a ``TypeError`` unless every mask is one of bools."""
     for path, mask in leaves_with_paths(masks):
         if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
             raise TypeError(

@@ -157,6 +157,7 @@ def density(masks: Masks) -> jax.Array:
 
     Raises:
       ValueError: if there is no mask.
+      TypeError: if a mask is not bool, as of packed masks.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -166,6 +167,7 @@ def density(masks: Masks) -> jax.Array:
     leaves = jax.tree.leaves(masks)
     if not leaves:
         raise ValueError("no mask to measure: the tree holds no leaf")
+    _tree.check_bools(masks)
     counts = jnp.stack([jnp.sum(mask, dtype=jnp.uint32) for mask in leaves])
     kept = _exact.to_float(_exact.total(counts))[0]
     return kept / np.float32(sum(mask.size for mask in leaves))
@@ -214,6 +216,8 @@ def unpack_masks(packed: PyTree, params: Params) -> Masks:
 
     def unpack(path, leaf, bits):
         shape = jnp.shape(leaf) or (1,)
+        if bits.dtype == jnp.bool_:
+            raise ValueError(f"{path}: the masks are not packed; leave packed=True out")
         if bits.dtype != jnp.uint8 or bits.shape != (*shape[:-1], -(-shape[-1] // 8)):
             raise ValueError(
                 f"{path}: packed masks of type {bits.dtype} and shape {bits.shape} do not fit "

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from jaxprune import _checks, _tree
 from jaxprune._tree import kernels, select
 from jaxprune._typing import Allocation, Masking, Masks, Params, Prunable, Saliency
@@ -51,6 +53,8 @@ def prune(
     """
     _checks.check_steps(saliency=saliency, allocate=allocate, mask=mask)
     governed = select(params, prunable)
+    if not jax.tree.leaves(governed):
+        raise ValueError("params holds no array; there is nothing to prune")
     masks = allocate_and_mask(saliency(governed, grads), sparsity, allocate, mask)
     _tree.check_masks(masks, governed)
     return apply_masks(params, masks), masks

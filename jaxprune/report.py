@@ -143,7 +143,9 @@ class Summary(NamedTuple):
         if self.target is not None and self.target != self.requested:
             wanted = f"last {wanted}, the schedule ends at {self.target:.4%}"
         if abs(self.kept - self.size * (1 - self.requested)) > 1:
-            wanted += f", nearest that floors, rules and whole units reach: {self.sparsity:.4%}"
+            wanted += (
+                f", is at {self.sparsity:.4%}: floors, rules, whole units or masks from the start"
+            )
         return wanted
 
     def _astray(self) -> str:

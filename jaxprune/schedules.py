@@ -37,6 +37,7 @@ def cubic_sparsity(
     """
     _checks.check_sparsity(final, "final")
     _checks.check_sparsity(initial, "initial")
+    _checks.check_whole(steps=steps, begin=begin)
     if steps < 1:
         raise ValueError(f"steps is {steps}; a rise takes at least 1 step")
     if begin < 0:
@@ -57,12 +58,14 @@ def every(n: int, *, begin: int = 0, end: int | None = None) -> Trigger:
 
     Raises:
       ValueError: if ``n`` is less than 1, ``begin`` negative, or ``end`` before ``begin``.
+      TypeError: for a number that is not whole.
 
     Example:
       >>> import jaxprune as jp
       >>> [t for t in range(12) if jp.every(4, begin=1, end=10)(t)]
       [1, 5, 9, 10]
     """
+    _checks.check_whole(n=n, begin=begin, end=end)
     if n < 1:
         raise ValueError(f"every({n}): n counts updates between two firings and is at least 1")
     if begin < 0:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from jaxprune import _small, _tree
+from jaxprune import _checks, _small, _tree
 from jaxprune._typing import Masks, Params, PyTree
 from jaxprune.channels.groups import ChannelGroups, Model, abstract, match_path, read_model
 from jaxprune.channels.masks import axes_kept, channels_alive
@@ -97,6 +97,7 @@ def shrink_state(
       >>> jp.shrink_state(tx, tx.init(params), params, masks, groups)[0].mu["a"].shape
       (1, 2)
     """
+    _checks.check_optimizer(tx, "tx")
     removal = axes_kept(groups, channels_alive(masks, groups))
     trained = _trained(params, groups.model)
     kept = {at: removal[i] for at, i in enumerate(trained) if i in removal}

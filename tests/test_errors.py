@@ -348,3 +348,47 @@ def test_one_batch_where_several_belong(batches):
 
 def _dense(params, x):
     return x @ params["dense"]["kernel"]
+
+
+def test_what_is_no_number_no_optimizer_and_no_state():
+    schedule = jp.cubic_sparsity(0.9, 10)
+    for call in (
+        lambda: jp.prune(PARAMS, schedule),
+        lambda: jp.allocate_uniform(SCORES, schedule),
+        lambda: WRAPPERS["rigl"](schedule),
+        lambda: jp.cubic_sparsity(schedule, 10),
+        lambda: jp.prune(PARAMS, "50%"),
+    ):
+        with pytest.raises(TypeError, match=r"is .*; it is a number in \[0, 1\] here"):
+            call()
+    for n, end in ((10.5, None), (10, 99.5)):
+        with pytest.raises(TypeError, match=r"is (10|99)\.5; it is a whole number"):
+            jp.every(n, end=end)
+    with pytest.raises(ValueError, match="nothing to prune"):
+        jp.prune({}, 0.5)
+    for inner in (optax.sgd, 0.1):
+        for wrap in (jp.prune_gradually, jp.train_straight_through):
+            with pytest.raises(TypeError, match=r"inner is .*; it is an optax transform"):
+                wrap(inner, 0.5, when=jp.every(1))
+
+    gradual, straight = (
+        wrap(optax.sgd(0.1), 0.9, when=jp.every(1))
+        for wrap in (jp.prune_gradually, jp.train_straight_through)
+    )
+    packed = jp.prune_gradually(optax.sgd(0.1), 0.9, when=jp.every(1), packed=True)
+    for tx, state, error, message in (
+        (gradual, optax.sgd(0.1).init(PARAMS), TypeError, "not that of a pruning transform"),
+        (gradual, straight.init(PARAMS), ValueError, "of another pruning method"),
+        (straight, gradual.init(PARAMS), ValueError, "of another pruning method"),
+        (gradual, packed.init(PARAMS), ValueError, "with packed=True"),
+        (packed, gradual.init(PARAMS), ValueError, "leave packed=True out"),
+    ):
+        with pytest.raises(error, match=message):
+            tx.update(PARAMS, state, PARAMS)
+
+
+def test_masks_that_are_none():
+    with pytest.raises(TypeError, match="masks are bool"):
+        jp.density(jp.pack_masks({"w": jnp.ones((2, 8), bool)}))
+    with pytest.raises(TypeError, match="dense/bias: the mask has type float32"):
+        jp.density(jp.prune(PARAMS, 0.5))

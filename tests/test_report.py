@@ -82,9 +82,7 @@ def test_floors_and_ties_are_pointed_out():
     tx = jp.prune_gradually(optax.sgd(0.0), 1.0, when=jp.every(1))
     report = jp.summarize(*updated(tx))
     assert str(report).count("at its floor") == 2
-    assert "asked for 100.0000%, nearest that floors, rules and whole units reach: 99.0" in str(
-        report
-    )
+    assert "asked for 100.0000%, is at 99.0" in str(report)
     assert report.kept == 2
 
 

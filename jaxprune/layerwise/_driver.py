@@ -24,7 +24,7 @@ def prune_leaves(
     def one(path, leaf, gram, target):
         check_gram(path, leaf, gram, n_m)
         rows, mask, healthy = solve(as_groups(leaf, gram), matrices(gram), target)
-        raise_unless(path, healthy)
+        raise_unless(path, healthy, gram)
         return back(rows, leaf, gram).astype(leaf.dtype), back(mask, leaf, gram)
 
     targets = per_leaf(params, sparsity)
@@ -111,9 +111,14 @@ def back(rows: jax.Array, leaf: jax.Array, gram: Gram) -> jax.Array:
     return _rows.from_rows(rows, leaf.shape, gram.use)
 
 
-def raise_unless(path: str, healthy: jax.Array) -> None:
+def raise_unless(path: str, healthy: jax.Array, gram: Gram) -> None:
     """Raise if a Gram was singular; under a trace nothing is known, and the weights are NaN."""
     if _checks.is_concrete(healthy) and not bool(healthy):
+        if not bool(jnp.all(jnp.isfinite(gram.matrix))):
+            raise ValueError(
+                f"{path}: the Gram matrix is not finite; look for NaN or overflow in the "
+                "calibration batches"
+            )
         raise ValueError(
             f"{path}: the damped Gram matrix is not positive definite; calibrate on more data or "
             "raise damping"

@@ -81,7 +81,8 @@ def prune_layerwise(
         that is there already (a residual stream), the sum. So later layers make up for earlier
         ones. A second, dense walk goes along.
       donate: delete the arrays of ``params`` that are pruned, each as soon as it is, so that one
-        model is in memory and not two; an array that several leaves share stays.
+        model is in memory and not two; an array that several leaves share stays, and so does one
+        of NumPy. An error half-way leaves a model with holes.
       activation_dtype: hold floating calibration activations in this type between layers.
       on_host: hold them in host memory.
 
@@ -91,7 +92,8 @@ def prune_layerwise(
     Raises:
       ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, a
         Gram is not positive definite, or ``dense_targets`` is asked for and its weights donated.
-      TypeError: if ``batches`` is one array, or ``method`` no layerwise method.
+      TypeError: if ``batches`` is one array, ``method`` no layerwise method, or ``progress``
+        cannot be called with a layer.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -108,6 +110,8 @@ def prune_layerwise(
     _driver.check_target(sparsity, n_m)
     _checks.check_step("method", method, None, *([] if n_m is None else ["n_m"]))
     _checks.check_batches(batches)
+    if progress is not None:
+        _checks.check_step("progress", progress)
     if donate and dense_targets:
         raise ValueError("dense_targets needs the dense weights to the end; do not donate them")
     held = [as_args(batch) for batch in batches]

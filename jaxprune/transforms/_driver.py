@@ -81,6 +81,7 @@ def masked_training(
       packed: store the masks one bit a weight.
     """
     _checks.check_steps(when=when)
+    _checks.check_optimizer(inner)
     for name, criterion in criteria.items():
         check_criterion(criterion, name)
     inner = optax.with_extra_args_support(inner)
@@ -125,7 +126,10 @@ def masked_training(
 
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
+        check_state(state, len(criteria), 0)
         goal.check(state.target)
+        if not packed and any(m.dtype == jnp.uint8 for m in jax.tree.leaves(state.masks)):
+            raise ValueError("the state's masks are packed; make the transform with packed=True")
         old = unpack_masks(state.masks, params) if packed else state.masks
         _tree.check_like("the state's masks", old, params)
         governed = _tree.map_governed(lambda _, p: p, old, params)
@@ -213,6 +217,20 @@ def starting_masks(params: Params, prunable: Prunable, masks: Masks | None = Non
 def copy_masks(masks: Masks) -> Masks:
     """Fresh buffers, so that donating the state does not delete the caller's masks."""
     return jax.tree.map(lambda m: jnp.array(m, copy=True), masks)
+
+
+def check_state(state: Any, memories: int, dense: int) -> None:
+    """Raise unless a state is one of pruning, with so many memories and dense trees."""
+    if not isinstance(state, PruningState):
+        raise TypeError(
+            f"state is {type(state).__name__}, not that of a pruning transform; tx.init(params) "
+            "makes it, and a checkpoint is restored into it"
+        )
+    if (len(state.memories), len(state.dense)) != (memories, dense):
+        raise ValueError(
+            "the state is that of another pruning method; restore a checkpoint of the same run, or "
+            "start anew with masks=jp.get_masks(state, params)"
+        )
 
 
 def check_update(updates: PyTree, params: Params | None) -> None:

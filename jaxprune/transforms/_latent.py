@@ -13,6 +13,7 @@ from jaxprune.masks import allocate_and_mask
 from jaxprune.saliency.accumulate import check_criterion, memory_of, score
 from jaxprune.transforms._driver import (
     PruningState,
+    check_state,
     check_update,
     common_type,
     keep_if,
@@ -47,6 +48,7 @@ def latent_training(
     _checks.check_steps(when=when, allocate=allocate, mask=mask, prunable=prunable)
     check_criterion(saliency)
     _checks.check_key(key, optional=True)
+    _checks.check_optimizer(inner)
     inner = optax.with_extra_args_support(inner)
     schedule = _checks.as_fraction(sparsity, "sparsity")
     goal = _checks.Target(schedule)
@@ -91,6 +93,7 @@ def latent_training(
 
     def update(updates, state, params=None, **extra):
         check_update(updates, params)
+        check_state(state, 1, 2)
         goal.check(state.target)
         _tree.check_like("the state's masks", state.masks, params)
         dense, reach = state.dense
