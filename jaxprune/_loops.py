@@ -16,9 +16,7 @@ _LINE = 64  # Entries of the last axis that stay together.
 def where(condition: Any, a: Any, b: Any) -> jax.Array:
     """``jnp.where``, which is a call: to inline one takes the compiler longer than a selection."""
     dtype = jnp.result_type(a, b)
-    cases = condition, *(jnp.asarray(x, dtype) for x in (a, b))
-    shape = jnp.broadcast_shapes(*map(jnp.shape, cases))
-    return lax.select(*(jnp.broadcast_to(x, shape) for x in cases))
+    return lax.select(*jnp.broadcast_arrays(condition, *(jnp.asarray(x, dtype) for x in (a, b))))
 
 
 def apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
