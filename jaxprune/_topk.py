@@ -301,9 +301,11 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
     shape = np.shape(whole) if want is None else want.shape
     zeros = jnp.zeros((2, *shape[1:]), jnp.uint32)
     nothing = zeros.astype(keys.dtype)
-    if any(_placement.typed_by_mesh(leaf) for leaf in problem.leaves):
+    given = [x for x in (want, *(shared.budget if shared else ())) if x is not None]
+    if any(map(_placement.typed_by_mesh, (*problem.leaves, *given))):
         # Counts of an empty cut are zero, and of the type that a loop requires of its carry.
         zeros = problem.tally(Cut(nothing, nothing), jnp.int32(0))
+        zeros = sum((x * np.uint32(0) for x in given), zeros)
         nothing = zeros.astype(keys.dtype)
     zero, low = zeros[:1], nothing[:1]
     size = zero + jnp.asarray(whole, jnp.uint32)

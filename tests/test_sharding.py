@@ -170,3 +170,26 @@ def test_allocations_inside_shard_map_see_scores_that_vary():
 
     spread = jax.shard_map(local, mesh=where, in_specs=P("x", "y"), out_specs=P("x", "y"))
     assert jax.jit(spread)(scores).dtype == bool
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda w, k: jp.mask_topk({"w": w}, {"w": k})["w"],
+        lambda w, k: jp.mask_topk({"w": w}, {"w": k}, axis=(0, 1))["w"],
+        lambda w, k: jp.mask_topk({"w": w}, jp.allocate_global({"w": w}, 1 - k / w.size))["w"],
+        lambda w, k: jp.mask_blocks({"w": w}, {"w": k}, block=(1, 2))["w"],
+    ],
+    ids=["leaves", "slices", "global", "blocks"],
+)
+def test_counts_vary_inside_shard_map_where_scores_do_not(mask):
+    where = mesh(AxisType.Auto)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
+    keep = jnp.array([0, 12, 30, 48])
+
+    def local(w, k):
+        return mask(w, k[0])[None]
+
+    spread = jax.shard_map(local, mesh=where, in_specs=(P(), P("x")), out_specs=P("x"))
+    want = [mask(scores, k) for k in keep]
+    np.testing.assert_array_equal(jax.jit(spread)(scores, keep), want)
