@@ -289,8 +289,9 @@ def _search(
         spent = jax.tree.map(partial(within, beyond), spent, now)
         least, _ = halves(spent)
         still = (looking & _exact.less(least, shared.budget) & ~state.tied[:, :1]).reshape(())
-        share = partial(_share_out, problem.keys, state, least, shared)
-        return lax.cond(looking & ~still, share, lambda: state), still, spent
+        # Chosen and not branched: a branch takes longer to compile than sharing out takes.
+        found, out = looking & ~still, _share_out(problem.keys, state, least, shared)
+        return jax.tree.map(partial(_loops.where, found), out, state), still, spent
 
     return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
