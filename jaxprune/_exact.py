@@ -118,7 +118,8 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     bits = lax.clamp(np.float32(0), jnp.asarray(fraction, jnp.float32), np.float32(1))
     bits = lax.bitcast_convert_type(bits, jnp.uint32)
     mantissa = _loops.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
-    # The product has three words, 87 bits; half of it is to be kept past a shift of 22 or more.
+    # The product has three words, 87 bits; half of it is to be kept past a shift of 22 or more, and
+    # nothing is left past one of 95.
     low = multiply(mantissa, number.low)
     upper = from_uint32(low.high)
     if not isinstance(n, int) or n >> 32:

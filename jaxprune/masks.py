@@ -190,7 +190,7 @@ def pack_masks(masks: Masks) -> PyTree:
       >>> jp.pack_masks({"w": jnp.ones((2, 16), bool)})["w"].shape
       (2, 2)
     """
-    _tree.check_masks(masks, masks)
+    _tree.check_bools(masks)
     return _tree.map_governed(lambda m: jnp.packbits(jnp.atleast_1d(m), -1), masks)
 
 

@@ -83,6 +83,7 @@ def test_floors_and_ties_are_pointed_out():
     report = jp.summarize(*updated(tx))
     assert str(report).count("at its floor") == 2
     assert "asked for 100.0000%, is at 99.0" in str(report)
+    assert "%: floors, rules, whole units or masks from the start" in str(report)
     assert report.kept == 2
 
 
