@@ -252,8 +252,7 @@ def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> j
 
 
 def pick(tree: PyTree, first: Any, size: int, axis: int = 0) -> PyTree:
-    """Entries ``first`` and following of an axis; code of equal shapes is shared."""
-    first = lax.optimization_barrier(first)
+    """Entries ``first`` and following of an axis; where ``first`` is a value, code is shared."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, axis), tree)
 
 

@@ -90,22 +90,35 @@ def total(number: Wide | jax.Array) -> Wide:
     if isinstance(number, Wide):
         return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
     shifts = np.array(_SHIFTS, np.uint32).reshape(*[1] * (number.ndim - 1), -1, 1)
-    digits = (number[..., None, :] >> shifts) & np.uint32(255)
-    sums = jnp.sum(_loops.grid(digits.astype(jnp.int32).astype(jnp.float32)), (-2, -1))
-    sums = sums.astype(jnp.int32).astype(jnp.uint32)
-    first, third, second, fourth = (sums[..., i : i + 1] for i in range(4))
+    digits = _digit(number[..., None, :], shifts)
+    sums = jnp.sum(_loops.grid(digits), (-2, -1))
+    return _of_digits(*(sums[..., i : i + 1] for i in range(4)))
+
+
+def before(number: Wide | jax.Array, rank: np.ndarray) -> Wide:
+    """For every entry the sum of those of lower rank along the last axis, of up to 65,536."""
+    if isinstance(number, Wide):
+        low, high = before(number.low, rank), before(number.high, rank)
+        return add(low, Wide(high.low, jnp.zeros_like(high.low)))
+    later = (rank[:, None] < jnp.asarray(rank)[None]).astype(jnp.float32)
+    digits = jnp.concatenate([_digit(number, np.uint32(shift)) for shift in _SHIFTS])
+    sums = jnp.matmul(digits, later, precision=lax.Precision.HIGHEST)
+    return _of_digits(*jnp.split(sums, 4))
+
+
+def _digit(number: jax.Array, shift: Any) -> jax.Array:
+    return ((number >> shift) & np.uint32(255)).astype(jnp.int32).astype(jnp.float32)
+
+
+def _of_digits(first: jax.Array, third: jax.Array, second: jax.Array, fourth: jax.Array) -> Wide:
+    """The number whose digits of eight bits add up to these."""
+    first, second, third, fourth = (
+        digit.astype(jnp.int32).astype(jnp.uint32) for digit in (first, second, third, fourth)
+    )
     byte = np.uint32(255)
     low = first + ((second & byte) << 8)
     middle = third + (second >> 8) + (low >> 16) + ((fourth & byte) << 8)
     return Wide((fourth >> 8) + (middle >> 16), (low & _LOW) | (middle << 16))
-
-
-def before(number: Wide) -> Wide:
-    """For every entry the sum of those before it along the last axis, of up to 65,536."""
-    parts = jnp.stack([number.low & _LOW, number.low >> 16, number.high])
-    first, second, high = jnp.cumsum(parts, -1, dtype=jnp.uint32) - parts
-    second = second + (first >> 16)
-    return Wide(high + (second >> 16), (first & _LOW) | (second << 16))
 
 
 def round_product(fraction: Any, n: int | Wide) -> Wide:

@@ -179,10 +179,12 @@ class _Leaves:
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the guesses of a finished search keep, leaf by leaf."""
         cuts, masks = state.answer(), {}
+        most = max(map(len, self.members))
+        places = lax.optimization_barrier([np.uint32(place) for place in range(most)])
         for part, first, members in zip(self.parts, self.firsts, self.members, strict=True):
             kept = _mask_at(part, cuts, first, state.step, grain=self.keys.grain)
-            for place, i in enumerate(members):
-                masks[i] = _counting.pick(kept, np.uint32(place), 1)[0]
+            for place, i in zip(places, members, strict=False):
+                masks[i] = _counting.pick(kept, place, 1)[0]
         return [masks[i] for i in range(len(self.leaves))]
 
 
@@ -237,7 +239,7 @@ def _mask_at(part, cuts, first, step, *, grain) -> jax.Array:
 
 def _entries(cuts: Cut, first: jax.Array, part: jax.Array) -> Cut:
     shape = (2, len(part), *[1] * (part.ndim - 1))
-    picked = _counting.pick(cuts, first, len(part), axis=1)
+    picked = _counting.pick(cuts, lax.optimization_barrier(first), len(part), axis=1)
     return jax.tree.map(lambda x: x.reshape(shape), picked)
 
 
@@ -289,6 +291,7 @@ def _search(
         spent = jax.tree.map(partial(within, beyond), spent, now)
         least, _ = halves(spent)
         still = (looking & _exact.less(least, shared.budget) & ~state.tied[:, :1]).reshape(())
+        still = lax.optimization_barrier(still)
         # Chosen and not branched: a branch takes longer to compile than sharing out takes.
         found, out = looking & ~still, _share_out(problem.keys, state, least, shared)
         return jax.tree.map(partial(_loops.where, found), out, state), still, spent
@@ -333,6 +336,7 @@ def _share_out(keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared)
     base = jnp.maximum(below, np.array([shared.floors], np.uint32))
     room = jnp.maximum(above, base) - base
     want = base + _spend(_exact.subtract(shared.budget, least), room, shared)
+    want = lax.optimization_barrier(want)  # or it is found three times over
     inside, last = want <= above, second(state.kept)
     behind = _loops.where(last, keys.number(keys.end), high), _loops.where(last, state.size, above)
     key, kept = map(partial(_loops.where, inside), (state.ends.key, state.kept), behind)
@@ -343,9 +347,8 @@ def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     """How many of the ``room[i]`` tied weights of each leaf the rest pays for, in leaf order."""
     prices = jnp.asarray(np.array([shared.costs], np.uint32))
     plain = all(cost == 1 for cost in shared.costs)
-    worth = _exact.from_uint32(room) if plain else _exact.multiply(room, prices)
-    before = _exact.before(jax.tree.map(lambda x: x[:, np.argsort(shared.rank)], worth))
-    before = jax.tree.map(lambda x: x[:, np.array(shared.rank)], before)
+    worth = room if plain else _exact.multiply(room, prices)
+    before = _exact.before(worth, np.array(shared.rank))
     left = _exact.subtract(_exact.maximum(rest, before), before)
     if plain:
         return _loops.where(left.high > 0, room, jnp.minimum(left.low, room))

@@ -49,7 +49,6 @@ OPTIMIZERS = {
     ),
 }
 REQUIRED = ("momentum", "adamw", "adafactor")
-OFTEN = (*REQUIRED, "adam", "lion", "clip_adamw", "multisteps")
 
 WHEN = jp.every(3, begin=1, end=8)
 
@@ -108,8 +107,7 @@ def pairs(full):
     """Which (method, optimizer) the laws sweep: all of them, or what fits in CI."""
     if full:
         return [(m, o) for m in METHODS for o in OPTIMIZERS if (m, o) not in REFUSED]
-    wide, classic = ("prune_gradually", "rigl"), ("prune_below", "sparse_evolutionary")
-    chosen = {m: OPTIMIZERS if m in wide else OFTEN if m in classic else REQUIRED for m in METHODS}
+    chosen = {m: OPTIMIZERS if m in ("prune_gradually", "rigl") else REQUIRED for m in METHODS}
     return [(m, o) for m, optimizers in chosen.items() for o in optimizers]
 
 

@@ -44,6 +44,7 @@ def test_arithmetic(a, b):
 def test_totals_pass_32_bits(values):
     number = _exact.from_uint32(jnp.asarray(np.array(values, np.uint32)))
     assert value(jax.tree.map(jnp.squeeze, _exact.total(number))) == sum(values)
-    before = _exact.before(number)
-    found = [value(_exact.Wide(h, w)) for h, w in zip(before.high, before.low, strict=True)]
-    assert found == [sum(values[:i]) for i in range(len(values))]
+    rank = np.random.default_rng(len(values)).permutation(len(values))
+    before = _exact.before(jax.tree.map(lambda x: x[None], number), rank)
+    found = [value(_exact.Wide(h, w)) for h, w in zip(before.high[0], before.low[0], strict=True)]
+    assert found == [sum(v for v, r in zip(values, rank, strict=True) if r < mine) for mine in rank]

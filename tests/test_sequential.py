@@ -52,6 +52,46 @@ def test_prune_layerwise_is_pruning_and_recalibrating_by_hand(model, target):
     np.testing.assert_allclose(log[0].error, want, rtol=1e-2)
 
 
+def test_together_is_calibrating_on_the_dense_ones_by_hand(model):
+    params, batches = model
+    together = {"a": 0, "b": 0, "c": 1}
+    new, _, log = jp.prune_layerwise(
+        network, params, batches, 0.5, together=lambda path: together[path[0]]
+    )
+    by_hand = params
+    for names in ("ab", "c"):
+        only = jp.matching(f"[{names}]/kernel")
+        grams = jp.input_grams(network, by_hand, batches, prunable=only)
+        by_hand, _ = jp.sparsegpt(by_hand, grams, 0.5)
+    for name in "abc":
+        np.testing.assert_allclose(
+            new[name]["kernel"], by_hand[name]["kernel"], rtol=1e-2, atol=2e-3
+        )
+    assert [layer.path for layer in log] == ["a/kernel", "b/kernel", "c/kernel"]
+
+
+@pytest.mark.parametrize("dense_targets", [False, True])
+def test_together_of_stacked_layers_equal_those_of_separate_ones(deep, dense_targets):
+    layers, batches = deep
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    options = {"sparsity": 0.5, "dense_targets": dense_targets}
+    alone, _, _ = jp.prune_layerwise(residual, layers, batches, **options)
+    each, _, _ = jp.prune_layerwise(residual, layers, batches, **options, together=str)
+    want, _, _ = jp.prune_layerwise(
+        residual, layers, batches, **options, together=lambda path: path.split("/")[0]
+    )
+    new, _, log = jp.prune_layerwise(
+        residual_scanned, stacked, batches, **options, together=lambda path: path.split("[")[1]
+    )
+    for i, layer in enumerate(want):
+        for name in "ab":
+            np.testing.assert_array_equal(each[i][name], alone[i][name])
+            np.testing.assert_allclose(new[name][i], layer[name], rtol=1e-3, atol=1e-3)
+    assert [layer.path for layer in log] == ["a[0]", "b[0]", "a[1]", "b[1]", "a[2]", "b[2]"]
+    np.testing.assert_array_equal(want[0]["a"], alone[0]["a"])
+    assert not np.array_equal(want[0]["b"], alone[0]["b"])
+
+
 def test_stacked_layers_are_pruned_one_by_one():
     stack, batches = weights(3, 8, 8), [jnp.asarray(inputs(40, 8), jnp.float32)]
 
@@ -90,8 +130,9 @@ def test_donated_weights_are_gone_and_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, found[:2], want[:2])
     gone = {name: leaf.is_deleted() for name, leaf in given.items()}
     assert gone == {"stack": True, "alone": True, "once": False, "again": False}
-    with pytest.raises(ValueError, match="do not donate"):
-        jp.prune_layerwise(apply, params(), x, **options, donate=True, dense_targets=True)
+    for needing in ({"dense_targets": True}, {"together": len}):
+        with pytest.raises(ValueError, match=f"{next(iter(needing))} needs .* do not donate"):
+            jp.prune_layerwise(apply, params(), x, **options, donate=True, **needing)
 
 
 def test_recurrent_and_repeated_weights_are_pruned_once():

@@ -1,6 +1,7 @@
 """Masks of sharded scores equal one device's, and what crosses the wire does not grow."""
 
 import re
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +69,17 @@ MAKERS = {
 }
 
 
+@cache
+def on_one_device(maker):
+    return jax.jit(MAKERS[maker])(jax.tree.map(jnp.asarray, tree()))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_masks_equal_one_device(maker, kind):
-    values, where = tree(), mesh(kind)
-    want = jax.jit(MAKERS[maker])(jax.tree.map(jnp.asarray, values))
+    want, where = on_one_device(maker), mesh(kind)
     with jax.sharding.set_mesh(where):
-        params = sharded(values, where)
+        params = sharded(tree(), where)
         found = jax.jit(MAKERS[maker])(params)
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
@@ -132,7 +137,7 @@ def test_training_keeps_shardings_and_sends_little(method, kind):
             return optax.apply_updates(params, updates), state
 
         compiled = step.lower(params, state).compile()
-        new, state = step(params, state)
+        new, state = compiled(params, state)
         same_sharding(new, params)
         if not method.endswith("packed"):
             same_sharding(jp.get_masks(state, params), params)

@@ -1,5 +1,6 @@
 """N:M, groups and blocks against brute force and NumPy loops; under jit, transforms and meshes."""
 
+from functools import cache
 from itertools import combinations, pairwise, product
 
 import jax
@@ -321,16 +322,23 @@ MAKERS = {
 }
 
 
+SPECS = {"rows": P("x", None), "columns": P(None, "y"), "both": P("x", "y"), "none": P()}
+
+
+@cache
+def on_one_device(maker):
+    values = {name: scores_of((12, 24), seed) for seed, name in enumerate(SPECS)}
+    return values, jax.jit(MAKERS[maker])(values)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_shard_boundaries_inside_units_change_nothing(maker, kind):
     """12 rows over 4 devices put boundaries inside groups of 4; 12 columns, inside blocks."""
-    specs = {"rows": P("x", None), "columns": P(None, "y"), "both": P("x", "y"), "none": P()}
-    values = {name: scores_of((12, 24), seed) for seed, name in enumerate(specs)}
-    want = jax.jit(MAKERS[maker])(values)
+    values, want = on_one_device(maker)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     with jax.sharding.set_mesh(mesh):
-        placed = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in values.items()}
+        placed = {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in values.items()}
         found = jax.jit(MAKERS[maker])(placed)
     jax.tree.map(np.testing.assert_array_equal, found, want)
     if kind is AxisType.Explicit:

@@ -47,6 +47,13 @@ class Walk:
         self.constants = dict(program.constants)
         self.compiled = {} if compiled is None else compiled
 
+    def fork(self) -> "Walk":
+        """A walk that goes on from here with the weights as they are now."""
+        forked = Walk(self.program, self.leaves, (), self.store, self.compiled)
+        forked.count, forked.constants = self.count, dict(self.constants)
+        forked.held = {slot: list(values) for slot, values in self.held.items()}
+        return forked
+
     def shared(self, slot: Slot) -> Any:
         """The value of a shared slot; those derived from a governed leaf are never remembered."""
         if slot.leaf is not None:
