@@ -6,8 +6,9 @@
 
 ``smollm2`` is SmolLM2-135M, dequantised from 4 bits: perplexity, calibrated on 64 x 512 tokens of
 half of a text's documents, evaluated on those of the other half. ``minilm`` is the sentence encoder
-MiniLM-L6: mean cosine of pruned to dense embeddings, over sentences of the same halves. One process
-per method, so that peak memory is the method's own.
+MiniLM-L6: mean cosine of pruned to dense embeddings, over sentences of the same halves. A method
+``+dense`` imitates the dense model's activations; ``+block`` calibrates the matrices of a block
+while all of them are dense. One process per method, so that peak memory is the method's own.
 """
 
 import argparse
@@ -30,7 +31,10 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     **os.environ,
 }
-METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt+dense", "alps", "alps+dense")
+METHODS = (
+    *("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt+block", "sparsegpt+dense"),
+    *("alps", "alps+dense"),
+)
 
 
 class Case(NamedTuple):
@@ -94,10 +98,11 @@ def prune(case, name, target):
         case.batches,
         None if pattern else float(target),
         **pattern,
-        method=methods[name.removesuffix("+dense")],
+        method=methods[name.split("+")[0]],
         prunable=jp.matching(case.weights),
         dense_targets=name.endswith("+dense"),
-        donate=case.spare and not name.endswith("+dense"),
+        together=(lambda path: path.split("/")[1]) if name.endswith("+block") else None,
+        donate=case.spare and "+" not in name,
         progress=lambda layer: print(
             f"{layer.path:32} {layer.sparsity:.4f} {layer.error:.5f}", file=sys.stderr, flush=True
         ),
