@@ -118,14 +118,21 @@ def matching(pattern: str) -> Prunable:
       ``prunable(path, leaf) -> bool``.
 
     Raises:
-      ValueError: from whatever uses it, when the pattern matches no leaf.
+      ValueError: for what is no regular expression; from whatever uses the predicate, when it
+        selects no leaf.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> jp.select({"a": jnp.ones(2), "b": jnp.ones(2)}, jp.matching("^a$"))["b"] is None
       True
     """
-    compiled = re.compile(pattern)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"pattern is {pattern!r}, which is no regular expression: {error}; it is searched "
+            "anywhere in a path, so a name alone will do"
+        ) from error
 
     def prunable(path: Any, leaf: Any) -> bool:
         del leaf
@@ -216,6 +223,12 @@ def check_like(what: str, tree: PyTree, params: Params, *, allow_extra: bool = F
 
 def check_masks(masks: PyTree, params: Params) -> None:
     """Raise unless ``masks`` fits ``params`` and holds bools."""
+    ours, theirs = (
+        [getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(tree)]
+        for tree in (params, masks)
+    )
+    if ours and all(ours) and not all(theirs):
+        raise TypeError("params holds the bools, masks does not; they come as (params, masks)")
     check_like("masks", masks, params)
     check_bools(masks)
 

@@ -392,3 +392,35 @@ def test_masks_that_are_none():
         jp.density(jp.pack_masks({"w": jnp.ones((2, 8), bool)}))
     with pytest.raises(TypeError, match="dense/bias: the mask has type float"):
         jp.density(jp.prune(PARAMS, 0.5))
+
+
+def test_arguments_in_the_wrong_order():
+    pruned, masks = jp.prune(PARAMS, 0.5)
+    for call in (jp.apply_masks, jp.summarize, jp.straight_through):
+        with pytest.raises(TypeError, match=r"params holds the bools.*\(params, masks\)"):
+            call(masks, pruned)
+    apply, x = (lambda p, x: x @ p["dense"]["kernel"]), jnp.ones((3, 4))
+    for call in (
+        lambda: jp.prune_layerwise(PARAMS, apply, [x], 0.5),
+        lambda: jp.input_grams(PARAMS, apply, [x]),
+        lambda: jp.fan_in_axes(PARAMS, apply, x),
+    ):
+        with pytest.raises(TypeError, match=r"apply is dict; .* function apply\(params, \*batch\)"):
+            call()
+
+
+def test_what_layerwise_pruning_cannot_use():
+    apply, batches = (lambda p, x: x @ p["dense"]["kernel"]), [jnp.ones((3, 4))]
+    with pytest.raises(TypeError, match=r"outside of jax\.jit"):
+        jax.jit(lambda p: jp.prune_layerwise(apply, p, batches, 0.5)[0])(PARAMS)
+    with pytest.raises(ValueError, match=r"dense/kernel: sparsity is 50; it is a fraction"):
+        jp.prune_layerwise(apply, PARAMS, batches, {"dense": {"kernel": 50, "bias": None}})
+    with pytest.raises(ValueError, match="sparsity and params have different trees"):
+        jp.prune_layerwise(apply, PARAMS, batches, {"kernel": 0.5})
+    with pytest.raises(TypeError, match="together is 'layers'; it is a function, such as lambda"):
+        jp.prune_layerwise(apply, PARAMS, batches, 0.5, together="layers")
+
+
+def test_a_pattern_that_is_none():
+    with pytest.raises(ValueError, match=r"'\*kernel', which is no regular expression: nothing to"):
+        jp.matching("*kernel")

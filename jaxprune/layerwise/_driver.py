@@ -59,9 +59,15 @@ def per_leaf(params: Params, sparsity: Any) -> PyTree:
         value = 0.0 if sparsity is None else sparsity
         _checks.check_sparsity(value)
         return _tree.map_governed(lambda _: value, params)
-    for value in jax.tree.leaves(sparsity):
-        _checks.check_sparsity(value)
-    return sparsity
+    if _tree.structure(sparsity) != _tree.structure(params):
+        raise ValueError(
+            "sparsity and params have different trees; give one number, or one for each leaf and "
+            "None where a leaf is not governed"
+        )
+    for path, value in _tree.leaves_with_paths(sparsity):
+        if value is not None:
+            _checks.check_sparsity(value, f"{path}: sparsity")
+    return _tree.map_governed(lambda _, value: value, params, sparsity)
 
 
 def check_gram(path: str, leaf: Any, gram: Any, n_m: tuple[int, int] | None) -> None:

@@ -123,6 +123,8 @@ def prune_layerwise(
         name = "dense_targets" if dense_targets else "together"
         raise ValueError(f"{name} needs weights that are pruned already; do not donate them")
     held = [as_args(batch) for batch in batches]
+    if not all(map(_checks.is_concrete, jax.tree.leaves((params, held)))):
+        raise TypeError("params or batches are traced; layers are pruned outside of jax.jit")
     if not held:
         raise ValueError("no batches to calibrate on; an exhausted generator gives none either")
     _check_alike(held)
