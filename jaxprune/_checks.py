@@ -47,6 +47,15 @@ def check_optimizer(inner: Any, name: str = "inner") -> None:
         raise TypeError(f"{name} is {inner!r}; it is an optax transform, such as optax.adam(1e-3)")
 
 
+def check_apply(apply: Any) -> None:
+    """Raise a ``TypeError`` for a model that cannot be called."""
+    if not callable(apply):
+        raise TypeError(
+            f"apply is {type(apply).__name__}; it is the model, a function apply(params, *batch), "
+            "and comes first"
+        )
+
+
 def check_min_keep(min_keep: int) -> None:
     """Raise a ``ValueError`` for a negative floor."""
     if min_keep < 0:

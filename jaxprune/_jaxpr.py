@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from jaxprune import _tree
+from jaxprune import _checks, _tree
 from jaxprune._typing import Params
 
 
@@ -23,11 +23,7 @@ class Traced(NamedTuple):
 
 def trace(apply: Callable[..., Any], params: Params, *args: Any) -> Traced:
     """The jaxpr of ``apply(params, *args)`` at abstract shapes; no arithmetic happens."""
-    if not callable(apply):
-        raise TypeError(
-            f"apply is {type(apply).__name__}; it is the model, a function apply(params, *batch), "
-            "and comes first"
-        )
+    _checks.check_apply(apply)
     abstract = jax.tree.map(jax.typeof, (params, args))
     jaxpr, shape = jax.make_jaxpr(apply, return_shape=True)(abstract[0], *abstract[1])
     paths = [path for path, leaf in _tree.leaves_with_paths(params) if leaf is not None]

@@ -310,6 +310,7 @@ def as_args(batch: Any) -> tuple[Any, ...]:
 
 def _stream(apply, params, batches, prunable, statistic):
     """The statistic of every governed leaf, summed over batches, and how the leaves are used."""
+    _checks.check_apply(apply)
     _checks.check_batches(batches)
     leaves = governed_leaves(params, prunable)
     uses: dict[int, Use] = {}

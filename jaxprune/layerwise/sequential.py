@@ -112,6 +112,7 @@ def prune_layerwise(
       Frantar, Alistarh. SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot,
       2023 (calibration on the outputs of pruned layers).
     """
+    _checks.check_apply(apply)
     _driver.check_target(sparsity, n_m)
     _checks.check_step("method", method, None, *([] if n_m is None else ["n_m"]))
     _checks.check_batches(batches)
