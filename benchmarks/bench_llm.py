@@ -6,9 +6,9 @@
 
 ``smollm2`` is SmolLM2-135M, dequantised from 4 bits: perplexity, calibrated on 64 x 512 tokens of
 half of a text's documents, evaluated on those of the other half. ``minilm`` is the sentence encoder
-MiniLM-L6: mean cosine of pruned to dense embeddings, over sentences of the same halves. A method
-``+dense`` imitates the dense model's activations; ``+block`` calibrates the matrices of a block
-while all of them are dense. One process per method, so that peak memory is the method's own.
+MiniLM-L6: mean cosine of pruned to dense embeddings, over sentences of the same halves. One process
+per method, so that peak memory is the method's own. ``--order 1`` shuffles the calibration batches:
+what changes is rounding, and how far the quality moves with that.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 # LAPACK's threads and XLA's are in each other's way on few cores: eigh takes three times as long.
@@ -31,10 +33,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     **os.environ,
 }
-METHODS = (
-    *("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt+block", "sparsegpt+dense"),
-    *("alps", "alps+dense"),
-)
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt+dense", "alps", "alps+dense")
 
 
 class Case(NamedTuple):
@@ -49,22 +48,28 @@ class Case(NamedTuple):
     spare: bool  # the dense weights are not needed once others are there
 
 
-def smollm2(calibration, held_out, windows):
+def shuffled(items, order):
+    """The items as they come for 0, else in the order of that seed."""
+    return items[np.random.default_rng(order).permutation(len(items))] if order else items
+
+
+def smollm2(calibration, held_out, windows, order):
     import smollm2 as model
 
     params, tokenizer = model.load()
-    batches = model.windows(tokenizer, calibration, count=64)
+    batches = shuffled(model.windows(tokenizer, calibration, count=64), order)
     evaluation = model.windows(tokenizer, held_out, count=windows)
     quality = partial(model.perplexity, windows=evaluation)
     batches = list(batches[: len(batches) // 4 * 4].reshape(-1, 4, 512))
     return Case(model.apply, params, batches, "kernel", quality, "perplexity", spare=True)
 
 
-def minilm(calibration, held_out, windows):
+def minilm(calibration, held_out, windows, order):
     import minilm as model
 
     params, tokenizer = model.load()
     batches = model.batches(tokenizer, model.sentences(calibration)[:1024])
+    batches = [batches[i] for i in shuffled(np.arange(len(batches)), order)]
     evaluation = model.batches(tokenizer, model.sentences(held_out)[:1024])[:windows]
     quality = partial(model.cosine, dense=params, batches=evaluation)
     return Case(model.apply, params, batches, model.KERNELS, quality, "cosine", spare=False)
@@ -98,11 +103,10 @@ def prune(case, name, target):
         case.batches,
         None if pattern else float(target),
         **pattern,
-        method=methods[name.split("+")[0]],
+        method=methods[name.removesuffix("+dense")],
         prunable=jp.matching(case.weights),
         dense_targets=name.endswith("+dense"),
-        together=(lambda path: path.split("/")[1]) if name.endswith("+block") else None,
-        donate=case.spare and "+" not in name,
+        donate=case.spare and not name.endswith("+dense"),
         progress=lambda layer: print(
             f"{layer.path:32} {layer.sparsity:.4f} {layer.error:.5f}", file=sys.stderr, flush=True
         ),
@@ -113,12 +117,12 @@ def as_args(batch):
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def run(name, target, model, text, windows):
+def run(name, target, model, text, windows, order):
     import texts
 
     import jaxprune as jp
 
-    case = MODELS[model](*texts.TEXTS[text](), windows)
+    case = MODELS[model](*texts.TEXTS[text](), windows, order)
     begin = time.perf_counter()
     new, masks, log = prune(case, name, target)
     seconds = time.perf_counter() - begin
@@ -126,6 +130,7 @@ def run(name, target, model, text, windows):
     return {
         "model": model,
         "text": text,
+        "order": order,
         "method": name,
         "target": target,
         case.unit: case.quality(new),
@@ -145,15 +150,16 @@ def main():
     parser.add_argument(
         "--windows", type=int, help="windows or batches to evaluate on; default all"
     )
+    parser.add_argument("--order", type=int, default=0, help="seed of the calibration data's order")
     parser.add_argument("--out", help="append results to this file, one JSON object a line")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run(*args.one, args.model, args.text, args.windows)))
+        print(json.dumps(run(*args.one, args.model, args.text, args.windows, args.order)))
         return
     print("| text | target | method | quality | seconds | peak GiB |")
     print("|---|---|---|---|---|---|")
-    shared = ["--model", args.model, "--text", args.text]
+    shared = ["--model", args.model, "--text", args.text, "--order", str(args.order)]
     shared += ["--windows", str(args.windows)] if args.windows else []
     for target in args.targets.split(","):
         for name in args.methods.split(","):

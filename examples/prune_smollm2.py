@@ -34,9 +34,6 @@ def main():
     parser.add_argument(
         "--dense-targets", action="store_true", help="imitate the dense model's activations"
     )
-    parser.add_argument(
-        "--by-block", action="store_true", help="calibrate a block's matrices while all are dense"
-    )
     parser.add_argument("--out", help="write the pruned weights to this safetensors file")
     parser.add_argument("--small", action="store_true", help="two layers and few tokens")
     args = parser.parse_args()
@@ -64,8 +61,7 @@ def main():
             method=METHODS[args.method],
             prunable=weights,
             dense_targets=args.dense_targets,
-            together=(lambda path: path.split("/")[1]) if args.by_block else None,
-            donate=not (args.dense_targets or args.by_block),
+            donate=not args.dense_targets,
             progress=lambda layer: bar.update(),
         )
     print(f"{'layer':32} sparsity  relative error")

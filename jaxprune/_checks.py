@@ -111,7 +111,6 @@ _STEPS = {
     "schedule": _Step(("step",), "jp.cubic_sparsity(0.9, 1_000)"),
     "when": _Step(("step",), "jp.every(10)"),
     "progress": _Step(("layer",), "print"),
-    "together": _Step(("path",), "lambda path: path.split('/')[1]"),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _jaxpr, _rows, _trail, _tree, _walk
+from jaxprune import _checks, _jaxpr, _placement, _rows, _trail, _tree, _walk
 from jaxprune._typing import Params, Prunable, PyTree
 from jaxprune._walk import Meeting, Use
 
@@ -217,6 +217,10 @@ def squares_of(x: jax.Array) -> jax.Array:
 
 def gram_of(x: jax.Array) -> jax.Array:
     """(*groups, rows, n) to (*groups, n, n); a wide one by the blocks of its upper triangle."""
+    return _placement.call_in_auto(_gram_of, x, small=True)
+
+
+def _gram_of(x: jax.Array) -> jax.Array:
     n = x.shape[-1]
 
     def product(a, b):
@@ -268,7 +272,7 @@ def check_used(traced: _jaxpr.Traced, leaves: set[int], uses: dict[int, Use], lo
             where = f"; it is lost at {lost[i]}" if i in lost else ""
             raise ValueError(
                 f"{traced.paths[i]}: selected for pruning, but no matmul or convolution consumes it"
-                f"{where}; select with prunable=jp.matmul_weights(apply, params, *batch)"
+                f"{where}; select with prunable=jp.matmul_weights(apply, params, x)"
             )
 
 

@@ -415,10 +415,19 @@ def test_what_layerwise_pruning_cannot_use():
         jax.jit(lambda p: jp.prune_layerwise(apply, p, batches, 0.5)[0])(PARAMS)
     with pytest.raises(ValueError, match=r"dense/kernel: sparsity is 50; it is a fraction"):
         jp.prune_layerwise(apply, PARAMS, batches, {"dense": {"kernel": 50, "bias": None}})
+    with pytest.raises(ValueError, match="dense/kernel: sparsity is None, but"):
+        jp.prune_layerwise(apply, PARAMS, batches, {"dense": {"kernel": None, "bias": 0.5}})
     with pytest.raises(ValueError, match="sparsity and params have different trees"):
-        jp.prune_layerwise(apply, PARAMS, batches, {"kernel": 0.5})
-    with pytest.raises(TypeError, match="together is 'layers'; it is a function, such as lambda"):
-        jp.prune_layerwise(apply, PARAMS, batches, 0.5, together="layers")
+        jp.prune_layerwise(apply, PARAMS, batches, {"other": {"kernel": 0.5, "bias": None}})
+    every = {"dense": {"kernel": 0.5, "bias": 0.5}}  # the bias is not governed
+    options = {"method": jp.by_saliency(jp.wanda)}
+    _, masks, _ = jp.prune_layerwise(apply, PARAMS, batches, every, **options)
+    assert float(jp.density(masks)) == 0.5
+    broken = {"dense": {"kernel": jnp.full((4, 6), jnp.nan), "bias": jnp.ones(6)}}
+    for method in (jp.sparsegpt, jp.alps):
+        method = partial(method, damping=1.0)
+        with pytest.raises(ValueError, match="dense/kernel: the weight holds NaN"):
+            jp.prune_layerwise(apply, broken, batches, 0.5, method=method)
 
 
 def test_a_pattern_that_is_none():

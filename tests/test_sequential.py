@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax, monitoring
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import error, inputs
 
@@ -52,46 +52,6 @@ def test_prune_layerwise_is_pruning_and_recalibrating_by_hand(model, target):
     np.testing.assert_allclose(log[0].error, want, rtol=1e-2)
 
 
-def test_together_is_calibrating_on_the_dense_ones_by_hand(model):
-    params, batches = model
-    together = {"a": 0, "b": 0, "c": 1}
-    new, _, log = jp.prune_layerwise(
-        network, params, batches, 0.5, together=lambda path: together[path[0]]
-    )
-    by_hand = params
-    for names in ("ab", "c"):
-        only = jp.matching(f"[{names}]/kernel")
-        grams = jp.input_grams(network, by_hand, batches, prunable=only)
-        by_hand, _ = jp.sparsegpt(by_hand, grams, 0.5)
-    for name in "abc":
-        np.testing.assert_allclose(
-            new[name]["kernel"], by_hand[name]["kernel"], rtol=1e-2, atol=2e-3
-        )
-    assert [layer.path for layer in log] == ["a/kernel", "b/kernel", "c/kernel"]
-
-
-@pytest.mark.parametrize("dense_targets", [False, True])
-def test_together_of_stacked_layers_equal_those_of_separate_ones(deep, dense_targets):
-    layers, batches = deep
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    options = {"sparsity": 0.5, "dense_targets": dense_targets}
-    alone, _, _ = jp.prune_layerwise(residual, layers, batches, **options)
-    each, _, _ = jp.prune_layerwise(residual, layers, batches, **options, together=str)
-    want, _, _ = jp.prune_layerwise(
-        residual, layers, batches, **options, together=lambda path: path.split("/")[0]
-    )
-    new, _, log = jp.prune_layerwise(
-        residual_scanned, stacked, batches, **options, together=lambda path: path.split("[")[1]
-    )
-    for i, layer in enumerate(want):
-        for name in "ab":
-            np.testing.assert_array_equal(each[i][name], alone[i][name])
-            np.testing.assert_allclose(new[name][i], layer[name], rtol=1e-3, atol=1e-3)
-    assert [layer.path for layer in log] == ["a[0]", "b[0]", "a[1]", "b[1]", "a[2]", "b[2]"]
-    np.testing.assert_array_equal(want[0]["a"], alone[0]["a"])
-    assert not np.array_equal(want[0]["b"], alone[0]["b"])
-
-
 def test_stacked_layers_are_pruned_one_by_one():
     stack, batches = weights(3, 8, 8), [jnp.asarray(inputs(40, 8), jnp.float32)]
 
@@ -130,9 +90,8 @@ def test_donated_weights_are_gone_and_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, found[:2], want[:2])
     gone = {name: leaf.is_deleted() for name, leaf in given.items()}
     assert gone == {"stack": True, "alone": True, "once": False, "again": False}
-    for needing in ({"dense_targets": True}, {"together": len}):
-        with pytest.raises(ValueError, match=f"{next(iter(needing))} needs .* do not donate"):
-            jp.prune_layerwise(apply, params(), x, **options, donate=True, **needing)
+    with pytest.raises(ValueError, match="leave donate out"):
+        jp.prune_layerwise(apply, params(), x, **options, donate=True, dense_targets=True)
 
 
 def test_recurrent_and_repeated_weights_are_pruned_once():
@@ -150,6 +109,30 @@ def test_recurrent_and_repeated_weights_are_pruned_once():
         new, _, log = jp.prune_layerwise(apply, {"w": w}, batches, 0.5)
         np.testing.assert_allclose(new["w"], want["w"], rtol=1e-3, atol=1e-3)
         assert len(log) == 1
+
+
+def test_what_is_computed_from_pruned_weights_is_computed_anew(model):
+    """Weight normalisation: norms of the pruned weights, and not of the dense ones."""
+    params, batches = model
+
+    def normalised(p, x):
+        for name in "abc":
+            w = p[name]["kernel"]
+            x = jnp.tanh(x @ (w / jnp.sqrt(jnp.sum(w * w, 0, keepdims=True))))
+        return x
+
+    seen = {}
+
+    def method(params, grams, sparsity):
+        seen.update({path[0]: gram.matrix for path, gram in grams.items()})
+        return jp.sparsegpt(params, grams, sparsity)
+
+    new, _, _ = jp.prune_layerwise(normalised, params, batches, 0.5, method=method)
+    so_far = dict(params)
+    for name in "abc":
+        want = jp.input_grams(normalised, so_far, batches)[name]["kernel"].matrix
+        np.testing.assert_allclose(seen[name], want, rtol=1e-4, atol=1e-3)
+        so_far[name] = new[name]
 
 
 def test_activations_may_be_held_small_or_on_the_host(model):
@@ -317,17 +300,24 @@ def test_dense_targets_where_weights_are_moved_and_biases_added(deep):
         np.testing.assert_allclose(ours["b"].reshape(24, 12), theirs["b"], rtol=1e-3, atol=1e-3)
 
 
-def test_eight_devices_equal_one(deep):
+@pytest.mark.parametrize("dense_targets", [False, True])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_equal_one(deep, kind, dense_targets):
     layers, batches = deep
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = [jax.device_put(b[:296], NamedSharding(mesh, P("data"))) for b in batches]
-    one, masks, _ = jp.prune_layerwise(residual, layers, [b[:296] for b in batches], 0.5)
-    many, masks_many, _ = jp.prune_layerwise(residual, layers, spread, 0.5)
+    options = {"sparsity": 0.5, "dense_targets": dense_targets}
+    batches = [b[:296] for b in batches]
+    one, masks, _ = jp.prune_layerwise(residual, layers, batches, **options)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.sharding.set_mesh(mesh):
+        everywhere = jax.device_put(layers, NamedSharding(mesh, P()))
+        spread = [jax.device_put(b, NamedSharding(mesh, P("data"))) for b in batches]
+        many, masks_many, _ = jp.prune_layerwise(residual, everywhere, spread, **options)
     kept = [
-        np.mean(a == b) for a, b in zip(*map(jax.tree.leaves, (masks, masks_many)), strict=True)
+        np.mean(np.asarray(a) == np.asarray(b))
+        for a, b in zip(*map(jax.tree.leaves, (masks, masks_many)), strict=True)
     ]
     assert min(kept) > 0.99
-    x = batches[0]
+    x, many = batches[0], jax.tree.map(np.asarray, many)
     np.testing.assert_allclose(residual(one, x), residual(many, x), rtol=0.02, atol=0.02)
 
 

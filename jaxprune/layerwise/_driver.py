@@ -24,10 +24,11 @@ def prune_leaves(
     def one(path, leaf, gram, target):
         check_gram(path, leaf, gram, n_m)
         rows, mask, healthy = solve(as_groups(leaf, gram), matrices(gram), target)
-        raise_unless(path, healthy, gram)
+        raise_unless(path, healthy, leaf, gram)
         return back(rows, leaf, gram).astype(leaf.dtype), back(mask, leaf, gram)
 
-    targets = per_leaf(params, sparsity)
+    governed = _tree.map_governed(lambda leaf, _: leaf, params, grams)
+    targets = per_leaf(governed, sparsity)
     pairs = _tree.map_governed_with_path(one, params, grams, targets)
     return unzip(params, pairs)
 
@@ -53,21 +54,24 @@ def check_target(sparsity: Any, n_m: tuple[int, int] | None) -> None:
         raise ValueError(f"n_m is {n_m}; n of each m are kept, 0 <= n <= m")
 
 
-def per_leaf(params: Params, sparsity: Any) -> PyTree:
-    """``sparsity`` for every leaf; a tree like ``params`` has one for each."""
+def per_leaf(governed: Params, sparsity: Any) -> PyTree:
+    """``sparsity`` for every governed leaf; a tree like the parameters has one for each."""
     if sparsity is None or jax.tree_util.all_leaves([sparsity]):
         value = 0.0 if sparsity is None else sparsity
         _checks.check_sparsity(value)
-        return _tree.map_governed(lambda _: value, params)
-    if _tree.structure(sparsity) != _tree.structure(params):
+        return _tree.map_governed(lambda _: value, governed)
+    if _tree.structure(sparsity) != _tree.structure(governed):
         raise ValueError(
-            "sparsity and params have different trees; give one number, or one for each leaf and "
-            "None where a leaf is not governed"
+            "sparsity and params have different trees; give one number, or one for each governed "
+            "leaf of a tree like params"
         )
-    for path, value in _tree.leaves_with_paths(sparsity):
-        if value is not None:
-            _checks.check_sparsity(value, f"{path}: sparsity")
-    return _tree.map_governed(lambda _, value: value, params, sparsity)
+    given = dict(_tree.leaves_with_paths(sparsity))
+    for path, leaf in _tree.leaves_with_paths(governed):
+        if leaf is not None and given[path] is None:
+            raise ValueError(f"{path}: sparsity is None, but the leaf is governed; give a number")
+        if leaf is not None:
+            _checks.check_sparsity(given[path], f"{path}: sparsity")
+    return _tree.map_governed(lambda _, value: value, governed, sparsity)
 
 
 def check_gram(path: str, leaf: Any, gram: Any, n_m: tuple[int, int] | None) -> None:
@@ -117,13 +121,16 @@ def back(rows: jax.Array, leaf: jax.Array, gram: Gram) -> jax.Array:
     return _rows.from_rows(rows, leaf.shape, gram.use)
 
 
-def raise_unless(path: str, healthy: jax.Array, gram: Gram) -> None:
-    """Raise if a Gram was singular; under a trace nothing is known, and the weights are NaN."""
+def raise_unless(path: str, healthy: jax.Array, leaf: jax.Array, gram: Gram) -> None:
+    """Raise if a Gram was singular or the leaf not finite; under a trace the weights are NaN."""
+    finite = jnp.all(jnp.isfinite(leaf))
+    if _checks.is_concrete(finite) and not bool(finite):
+        raise ValueError(f"{path}: the weight holds NaN or infinity; look at the model before")
     if _checks.is_concrete(healthy) and not bool(healthy):
         if not bool(jnp.all(jnp.isfinite(gram.matrix))):
             raise ValueError(
                 f"{path}: the Gram matrix is not finite; look for NaN or overflow in the "
-                "calibration batches"
+                "calibration batches and in the weights of layers before"
             )
         raise ValueError(
             f"{path}: the damped Gram matrix is not positive definite; calibrate on more data or "

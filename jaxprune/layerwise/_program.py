@@ -15,13 +15,15 @@ from jaxprune._trail import Trail
 class Slot:
     """A value of the program: an input, or what an operation gives.
 
-    ``shared`` values do not depend on the batch. ``leaf`` numbers an input that is a parameter.
+    ``shared`` values do not depend on the batch, ``changing`` ones do on governed leaves. ``leaf``
+    numbers an input that is a parameter.
     """
 
-    __slots__ = ("aval", "leaf", "producer", "shared", "trail")
+    __slots__ = ("aval", "changing", "leaf", "producer", "shared", "trail")
 
     def __init__(self, aval, *, shared, trail=None, leaf=None):
         self.aval, self.shared, self.trail, self.leaf = aval, shared, trail, leaf
+        self.changing = trail is not None
         self.producer: Op | None = None
 
 
@@ -179,6 +181,7 @@ def _stack(program: Program, slots: list[Slot]) -> Slot:
 def _append(program: Program, op: Op) -> None:
     for slot in op.outs:
         slot.producer = op
+        slot.changing = slot.changing or any(x.changing for x in op.ins)
     program.ops.append(op)
 
 

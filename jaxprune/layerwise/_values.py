@@ -47,13 +47,6 @@ class Walk:
         self.constants = dict(program.constants)
         self.compiled = {} if compiled is None else compiled
 
-    def fork(self) -> "Walk":
-        """A walk that goes on from here with the weights as they are now."""
-        forked = Walk(self.program, self.leaves, (), self.store, self.compiled)
-        forked.count, forked.constants = self.count, dict(self.constants)
-        forked.held = {slot: list(values) for slot, values in self.held.items()}
-        return forked
-
     def shared(self, slot: Slot) -> Any:
         """The value of a shared slot; those derived from a governed leaf are never remembered."""
         if slot.leaf is not None:
@@ -64,7 +57,7 @@ class Walk:
         assert op is not None
         call = self.jitted(("op", op.key), lambda: jax.jit(op.run))
         outs = call(*(self.shared(s) for s in op.ins))
-        if not any(s.trail is not None for s in (*op.ins, *op.outs)):
+        if not any(s.changing for s in op.outs):
             self.constants.update(zip(op.outs, outs, strict=True))
         return outs[op.outs.index(slot)]
 

@@ -53,7 +53,7 @@ def reconstruct(
         limit = rows.shape[-1] if steps is None else steps
         matrix = _driver.matrices(gram)
         new, healthy = _solve(rows, kept, matrix, jnp.asarray(damping, matrix.dtype), limit)
-        _driver.raise_unless(path, healthy, gram)
+        _driver.raise_unless(path, healthy, leaf, gram)
         return _driver.back(new, leaf, gram).astype(leaf.dtype)
 
     new = _tree.map_governed_with_path(one, params, masks, grams)

@@ -75,5 +75,6 @@ def by_saliency(saliency: Any, *, per_output: bool = True) -> Layerwise:
 def _raise_if_nan(path: str, scores: jax.Array) -> None:
     if _checks.is_concrete(scores) and bool(jnp.any(jnp.isnan(scores))):
         raise ValueError(
-            f"{path}: its scores are NaN; look for NaN or overflow in the calibration batches"
+            f"{path}: its scores are NaN; look for NaN or overflow in the weights and the "
+            "calibration batches"
         )

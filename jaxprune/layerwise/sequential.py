@@ -54,7 +54,6 @@ def prune_layerwise(
     prunable: Prunable = _tree.kernels,
     progress: Progress | None = None,
     dense_targets: bool = False,
-    together: Callable[[str], Any] | None = None,
     donate: bool = False,
     activation_dtype: Any = None,
     on_host: bool = False,
@@ -81,9 +80,6 @@ def prune_layerwise(
         dense weights would give for the inputs that arrive; where outputs are added to a value
         that is there already (a residual stream), the sum. So later layers make up for earlier
         ones. A second, dense walk goes along.
-      together: ``path -> key``; layers one after the other with equal keys, such as those of a
-        decoder block (``lambda path: path.split("/")[1]``), are calibrated while all of them are
-        still dense, and the model is evaluated twice. A layer's path is that of the log.
       donate: delete the arrays of ``params`` that are pruned, each as soon as it is, so that one
         model is in memory and not two; an array that several leaves share stays, and so does one
         of NumPy. An error half-way leaves a model with holes.
@@ -95,10 +91,9 @@ def prune_layerwise(
 
     Raises:
       ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, a
-        Gram is not positive definite, or weights are donated that ``dense_targets`` or
-        ``together`` needs.
-      TypeError: if ``batches`` is one array, ``method`` no layerwise method, or ``progress``
-        cannot be called with a layer.
+        Gram is not positive definite, or ``dense_targets`` is asked for and its weights donated.
+      TypeError: if ``batches`` is one array, ``method`` no layerwise method, ``progress`` cannot be
+        called with a layer, or values are traced: this is for outside of ``jax.jit``.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -118,14 +113,11 @@ def prune_layerwise(
     _checks.check_batches(batches)
     if progress is not None:
         _checks.check_step("progress", progress)
-    if together is not None:
-        _checks.check_step("together", together)
-    if donate and (dense_targets or together is not None):
-        name = "dense_targets" if dense_targets else "together"
-        raise ValueError(f"{name} needs weights that are pruned already; do not donate them")
+    if donate and dense_targets:
+        raise ValueError("dense_targets needs the dense weights to the end; leave donate out")
     held = [as_args(batch) for batch in batches]
-    if not all(map(_checks.is_concrete, jax.tree.leaves((params, held)))):
-        raise TypeError("params or batches are traced; layers are pruned outside of jax.jit")
+    if not all(map(_checks.is_concrete, jax.tree.leaves((params, held, sparsity)))):
+        raise TypeError("prune_layerwise decides layer by layer; call it outside of jax.jit")
     if not held:
         raise ValueError("no batches to calibrate on; an exhausted generator gives none either")
     _check_alike(held)
@@ -149,10 +141,9 @@ def prune_layerwise(
             targets[i] = target
     store = Store(activation_dtype, on_host)
     walk = Walk(program, jax.tree.leaves(params), held, store)
-    forked = together is not None
-    prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress, donate, forked)
+    prune = _Pruner(traced.paths, walk.leaves, uses, targets, n_m, method, progress, donate)
     twin = Walk(program, walk.leaves, held, store, walk.compiled) if dense_targets else None
-    _run(walk, twin, prune, early, together)
+    _run(walk, twin, prune, early)
     structure = jax.tree.structure(params)
     masks = [prune.masks.get(i) for i in range(len(traced.paths))]
     return (
@@ -181,23 +172,14 @@ def _energy(rows: jax.Array, gram: Gram) -> jax.Array:
 class _Pruner:
     """Prunes parts of leaves as they are met, and remembers masks and the log."""
 
-    def __init__(self, paths, leaves, uses, targets, n_m, method, progress, donate, forked):
+    def __init__(self, paths, leaves, uses, targets, n_m, method, progress, donate):
         self.paths, self.leaves, self.uses, self.targets = paths, leaves, uses, targets
-        self.n_m, self.method, self.progress, self.forked = n_m, method, progress, forked
+        self.n_m, self.method, self.progress = n_m, method, progress
         times = collections.Counter(map(id, leaves))
-        # Leaves whose arrays are the caller's, or a fork's, and stay.
+        # Leaves whose arrays are the caller's, and stay.
         self.lent = {i for i, leaf in enumerate(leaves) if not donate or times[id(leaf)] > 1}
         self.masks: dict[int, jax.Array] = {}
         self.log: list[LayerLog] = []
-
-    def name_at(self, op: Op) -> str:
-        """The path of the first layer that an operation meets."""
-        trail = next(t for x in op.operands if (t := getattr(x, "trail", None)) is not None)
-        return self.name(trail.leaf, dict(trail.taken))
-
-    def name(self, leaf: int, taken: dict[int, Any]) -> str:
-        """A layer's path, with its place in a stack."""
-        return self.paths[leaf] + "".join(f"[{taken[axis]}]" for axis in sorted(taken))
 
     def __call__(
         self, leaf: int, index: tuple[Any, ...], matrix: jax.Array, target: Target | None
@@ -211,7 +193,8 @@ class _Pruner:
         gram = Gram(matrix, use.axes, use.stack)
         if target is not None:
             old = _imitating(old, gram, target)
-        path = self.name(leaf, taken)
+        position = "".join(f"[{taken[a]}]" for a in sorted(taken))
+        path = self.paths[leaf] + position
         options = {} if self.n_m is None else {"n_m": self.n_m}
         new, mask = self.method({path: old}, {path: gram}, self.targets[leaf], **options)
         error = _relative_error(old, new[path], gram)
@@ -225,8 +208,7 @@ class _Pruner:
             self.masks[leaf], self.leaves[leaf] = mask[path], new[path]
             if leaf not in self.lent and isinstance(whole, jax.Array):
                 whole.delete()
-        if not self.forked:
-            self.lent.discard(leaf)
+        self.lent.discard(leaf)
         removed = 1 - float(jnp.mean(mask[path], dtype=jnp.float32))
         self.log.append(LayerLog(path, removed, float(error)))
         if self.progress is not None:
@@ -262,43 +244,10 @@ def _imitating(leaf: jax.Array, gram: Gram, target: Target) -> jax.Array:
     return _driver.back(rows, leaf, gram).astype(leaf.dtype)
 
 
-class _Side:
-    """A walk that runs no operation before something waits for what it gives."""
-
-    def __init__(self, walk: Walk, pending: Iterable[Op] = ()):
-        self.walk, self.pending = walk, list(pending)
-
-    def fork(self) -> "_Side":
-        return _Side(self.walk.fork(), self.pending)
-
-    def reach(self, wanted: set[Slot], later: set[Slot]) -> set[Slot]:
-        """Run what ``wanted`` waits for; what is kept is what ``later`` and the rest wait for."""
-        now: list[Op] = []
-        rest: list[Op] = []
-        wanted = set(wanted)
-        for op in reversed(self.pending):
-            due = any(slot in wanted for slot in op.outs)
-            wanted.update(op.ins if due else ())
-            (now if due else rest).append(op)
-        self.pending = rest[::-1]
-        later = later.union(slot for op in self.pending for slot in op.ins)
-        if now:
-            self.walk.run(now[::-1], later)
-        return later
-
-
-def _run(
-    walk: Walk,
-    twin: Walk | None,
-    prune: "_Pruner",
-    early: dict[int, Gram],
-    together: Callable[[str], Any] | None,
-) -> None:
-    """Run the program up to the last governed matmul, pruning on the way.
-
-    Matmuls that belong together are met by a fork of the walk, in which all of them are dense.
-    """
+def _run(walk: Walk, twin: Walk | None, prune: _Pruner, early: dict[int, Gram]) -> None:
+    """Run the program up to the last governed matmul, pruning on the way."""
     sums = {} if twin is None else sums_after(walk.program)
+    targets = None if twin is None else Targets(walk, twin, sums)
 
     def reads(op):
         added = [sums[slot].other for slot in op.outs if slot in sums]
@@ -306,26 +255,32 @@ def _run(
 
     ops = _needed(walk.program, reads)
     last = {slot: at for at, op in enumerate(ops) for slot in reads(op)}
-    pruned, dense = _Side(walk), None if twin is None else _Side(twin)
-    ahead, group = pruned, None
+    pending: list[Op] = []
     done: set[tuple[int, tuple[Any, ...]]] = set()
     grams: dict[Any, jax.Array] = {}
+
+    def flush(at):
+        """Run what the operation at ``at`` waits for; the rest stays pending."""
+        wanted = set(reads(ops[at]))
+        now: list[Op] = []
+        rest: list[Op] = []
+        for op in reversed(pending):
+            due = any(slot in wanted for slot in op.outs)
+            wanted.update(op.ins if due else ())
+            (now if due else rest).append(op)
+        pending[:] = rest[::-1]
+        later = {slot for slot, when in last.items() if when >= at}
+        later.update(slot for op in pending for slot in op.ins)
+        for side in (walk, twin):
+            if side is not None and now:
+                side.run(now[::-1], later)
+        for key in [key for key in grams if not key[0] <= later]:
+            del grams[key]
+
     for at, op in enumerate(ops):
         if op.leaves:
-            wanted, later = set(reads(op)), {slot for slot, when in last.items() if when >= at}
-            entered = None if together is None else (together(prune.name_at(op)),)
-            if entered != group:
-                pruned.reach(wanted, later)
-                ahead, group = pruned.fork(), entered
-                grams.clear()
-            needed = ahead.reach(wanted, later)
-            for key in [key for key in grams if not key[0] <= needed]:
-                del grams[key]
-            targets = None
-            if dense is not None:
-                dense.reach(wanted, later)
-                targets = Targets(ahead.walk, dense.walk, sums)
-            for leaf, index, matrix in grams_at(ahead.walk, op, prune.uses, grams):
+            flush(at)
+            for leaf, index, matrix in grams_at(walk, op, prune.uses, grams):
                 if (leaf, index) not in done:
                     done.add((leaf, index))
                     if leaf in early:
@@ -335,8 +290,7 @@ def _run(
                         target = targets.at(op, grams)
                     prune(leaf, index, matrix, target)
         if not all(slot.shared for slot in op.outs):
-            for side in {id(side): side for side in (pruned, ahead, dense) if side}.values():
-                side.pending.append(op)
+            pending.append(op)
 
 
 def _needed(program: Program, reads: Callable[[Op], tuple[Slot, ...]]) -> list[Op]:
