@@ -387,6 +387,11 @@ def test_what_is_no_number_no_optimizer_and_no_state():
             tx.update(PARAMS, state, PARAMS)
 
 
+def test_states_without_masks():
+    with pytest.raises(ValueError, match="neither a tree like params nor an optimizer state that"):
+        jp.summarize(PARAMS, optax.adam(0.1).init(PARAMS))
+
+
 def test_masks_that_are_none():
     with pytest.raises(TypeError, match="masks are bool"):
         jp.density(jp.pack_masks({"w": jnp.ones((2, 8), bool)}))

@@ -115,6 +115,8 @@ def prune_layerwise(
         _checks.check_step("progress", progress)
     if donate and dense_targets:
         raise ValueError("dense_targets needs the dense weights to the end; leave donate out")
+    if activation_dtype is not None and not jnp.issubdtype(activation_dtype, jnp.floating):
+        raise TypeError(f"activation_dtype is {activation_dtype}; give a floating one")
     held = [as_args(batch) for batch in batches]
     if not all(map(_checks.is_concrete, jax.tree.leaves((params, held, sparsity)))):
         raise TypeError("prune_layerwise decides layer by layer; call it outside of jax.jit")
@@ -333,9 +335,10 @@ def _grams_in(grams: Any) -> list[Gram]:
 def _check_alike(batches: Sequence[Any]) -> None:
     first = jax.tree.map(jax.typeof, batches[0])
     for i, batch in enumerate(itertools.islice(batches, 1, None), start=1):
-        if jax.tree.map(jax.typeof, batch) != first:
+        types = jax.tree.map(jax.typeof, batch)
+        if types != first:
             raise ValueError(
-                f"batch {i} has other shapes than the first; cut or pad batches to one shape"
+                f"batch {i} is {types}, the first {first}; cut or pad batches to one shape"
             )
 
 
