@@ -150,7 +150,7 @@ def test_batches_must_be_alike(model):
         jp.prune_layerwise(network, params, [batches[0], batches[0][:5]], 0.5)
     with pytest.raises(ValueError, match="no batches"):
         jp.prune_layerwise(network, params, [], 0.5)
-    with pytest.raises(TypeError, match="activation_dtype is .*int8"):
+    with pytest.raises(TypeError, match=r"activation_dtype is .*int8"):
         jp.prune_layerwise(network, params, batches, 0.5, activation_dtype=jnp.int8)
     with pytest.raises(ValueError, match="either a sparsity or n_m"):
         jp.prune_layerwise(network, params, batches)
