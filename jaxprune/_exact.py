@@ -100,10 +100,18 @@ def before(number: Wide | jax.Array, rank: np.ndarray) -> Wide:
     if isinstance(number, Wide):
         low, high = before(number.low, rank), before(number.high, rank)
         return add(low, Wide(high.low, jnp.zeros_like(high.low)))
-    later = (rank[:, None] < jnp.asarray(rank)[None]).astype(jnp.float32)
-    digits = jnp.concatenate([_digit(number, np.uint32(shift)) for shift in _SHIFTS])
-    sums = jnp.matmul(digits, later, precision=lax.Precision.HIGHEST)
-    return _of_digits(*jnp.split(sums, 4))
+    ordered = number[:, np.argsort(rank)]
+    digits = jnp.concatenate([_digit(ordered, np.uint32(shift)) for shift in _SHIFTS])
+    lines = _loops.grid(digits)
+    ahead = _sums_before(jnp.sum(lines, -1))
+    sums = (_sums_before(lines) + ahead[..., None]).reshape(len(digits), -1)
+    return _of_digits(*jnp.split(sums[:, rank], 4))
+
+
+def _sums_before(x: jax.Array) -> jax.Array:
+    """Sums of earlier entries of the last axis, by a product: a scan takes longer to compile."""
+    later = np.triu(np.ones((x.shape[-1], x.shape[-1]), np.float32), 1)
+    return jnp.matmul(x, later, precision=lax.Precision.HIGHEST)
 
 
 def _digit(number: jax.Array, shift: Any) -> jax.Array:
