@@ -89,10 +89,12 @@ class Targets:
         dtype = _walk.wide_dtype(weight.aval.dtype)
         shape = jax.ShapeDtypeStruct(weight.aval.shape, dtype)
 
-        def add(total, x, ours, theirs):
+        exact = {"precision": (lax.Precision.HIGHEST,) * 2, "preferred_element_type": None}
+        exact |= {"out_sharding": None} if "out_sharding" in op.eqn.params else {}
+
+        def turned(x, ours, theirs):
             def outputs(w):
                 pair = (w, x.astype(dtype)) if side == 0 else (x.astype(dtype), w)
-                exact = {"precision": (lax.Precision.HIGHEST,) * 2, "preferred_element_type": None}
                 out = op.eqn.primitive.bind(*pair, **op.eqn.params | exact)
                 for move in after:
                     (out,) = move.run(out)
@@ -102,7 +104,10 @@ class Targets:
             (part,) = jax.linear_transpose(outputs, shape)(
                 gap.astype(jax.eval_shape(outputs, shape).dtype)
             )
-            return total + part
+            return part
+
+        def add(total, *values):
+            return total + _placement.call_in_auto(turned, *values, small=True)
 
         avals = tuple(str(x.aval) for x in (*op.operands, other))
         key = ("missing", side, op.key, tuple(move.key for move in after), avals)

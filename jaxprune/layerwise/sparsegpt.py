@@ -136,7 +136,7 @@ def _sweep(columns, factor, keep, n, n_m, block):
         at = b * block
         square = lax.dynamic_slice(factor, (at, at), (block, block))
         weights = lax.dynamic_slice(columns, (at, 0), (block, outputs))
-        kept = jnp.zeros(weights.shape, bool)
+        kept = jnp.zeros_like(weights, bool)
         if n_m is None:
             here = lax.dynamic_slice(real, (at,), (block,))
             scores = jnp.where(here[:, None], scores_of(weights, jnp.diagonal(square)), -1.0)
@@ -181,7 +181,7 @@ def _sweep(columns, factor, keep, n, n_m, block):
         columns = lax.dynamic_update_slice(columns, jnp.where(kept, weights, 0.0), (at, 0))
         return columns, lax.dynamic_update_slice(mask, kept, (at, 0))
 
-    state = (columns, jnp.zeros(columns.shape, bool))
+    state = (columns, jnp.zeros_like(columns, bool))
     return lax.fori_loop(0, total // block, do_block, state)
 
 
