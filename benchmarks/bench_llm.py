@@ -7,8 +7,8 @@
 ``smollm2`` is SmolLM2-135M, dequantised from 4 bits: perplexity, calibrated on 64 x 512 tokens of
 half of a text's documents, evaluated on those of the other half. ``minilm`` is the sentence encoder
 MiniLM-L6: mean cosine of pruned to dense embeddings, over sentences of the same halves. One process
-per method, so that peak memory is the method's own. ``--order 1`` shuffles the calibration batches:
-what changes is rounding, and how far the quality moves with that.
+per method, so that peak memory is the method's own. ``--order 1`` shuffles the calibration data:
+what changes is rounding, and the quality moves with that.
 """
 
 import argparse
