@@ -125,7 +125,7 @@ def raise_unless(path: str, healthy: jax.Array, leaf: jax.Array, gram: Gram) -> 
     """Raise if a Gram was singular or the leaf not finite; under a trace the weights are NaN."""
     finite = jnp.all(jnp.isfinite(leaf))
     if _checks.is_concrete(finite) and not bool(finite):
-        raise ValueError(f"{path}: the weight holds NaN or infinity; look at the model before")
+        raise ValueError(f"{path}: the weight holds NaN or infinity; mend the model first")
     if _checks.is_concrete(healthy) and not bool(healthy):
         if not bool(jnp.all(jnp.isfinite(gram.matrix))):
             raise ValueError(

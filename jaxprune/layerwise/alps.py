@@ -52,8 +52,9 @@ def alps(
       ``(params, masks)``: fitted weights, exactly zero where pruned, and bool masks.
 
     Raises:
-      ValueError: if the damped Gram is not positive definite, a Gram does not fit its leaf, m does
-        not divide the fan-in, or not exactly one of ``sparsity`` and ``n_m`` is given.
+      ValueError: if a weight is not finite, the damped Gram is not positive definite, a Gram does
+        not fit its leaf, m does not divide the fan-in, or not exactly one of ``sparsity`` and
+        ``n_m`` is given.
       TypeError: if a leaf of ``grams`` is not a ``jp.Gram``.
 
     Example:

@@ -31,7 +31,8 @@ def reconstruct(
       A tree like ``params``; exactly zero where pruned, unchanged where there is no mask.
 
     Raises:
-      ValueError: if the damped Gram is not positive definite, or masks or Grams do not fit.
+      ValueError: if a weight is not finite, the damped Gram is not positive definite, or masks or
+        Grams do not fit.
       TypeError: if a mask is not bool or a leaf of ``grams`` is not a ``jp.Gram``.
 
     Example:

@@ -91,7 +91,8 @@ def prune_layerwise(
 
     Raises:
       ValueError: if no matmul consumes a governed leaf, batches differ in shape, there is none, a
-        Gram is not positive definite, or ``dense_targets`` is asked for and its weights donated.
+        weight is not finite, a Gram is not positive definite, or ``dense_targets`` is asked for and
+        its weights donated.
       TypeError: if ``batches`` is one array, ``method`` no layerwise method, ``progress`` cannot be
         called with a layer, or values are traced: this is for outside of ``jax.jit``.
 
