@@ -223,14 +223,16 @@ def check_like(what: str, tree: PyTree, params: Params, *, allow_extra: bool = F
 
 def check_masks(masks: PyTree, params: Params) -> None:
     """Raise unless ``masks`` fits ``params`` and holds bools."""
-    ours, theirs = (
-        [getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(tree)]
-        for tree in (params, masks)
-    )
+    ours, theirs = map(are_bools, (params, masks))
     if ours and all(ours) and not all(theirs):
         raise TypeError("params holds the bools, masks does not; they come as (params, masks)")
     check_like("masks", masks, params)
     check_bools(masks)
+
+
+def are_bools(tree: PyTree) -> list[bool]:
+    """Which leaves are arrays of bools."""
+    return [getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(tree)]
 
 
 def check_bools(masks: PyTree) -> None:

@@ -220,12 +220,13 @@ def gram_of(x: jax.Array) -> jax.Array:
     return _placement.call_in_auto(_gram_of, x, small=True)
 
 
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``X^T Y`` over rows, group by group."""
+    return jnp.einsum("...ri,...rj->...ij", x, y, precision=lax.Precision.HIGHEST)
+
+
 def _gram_of(x: jax.Array) -> jax.Array:
     n = x.shape[-1]
-
-    def product(a, b):
-        return jnp.einsum("...ri,...rj->...ij", a, b, precision=lax.Precision.HIGHEST)
-
     if n < _SYMMETRIC_FROM:
         return product(x, x)
     edges = [n * i // 4 for i in range(5)]

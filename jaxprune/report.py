@@ -214,7 +214,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
             if len(known) == len(states):
                 step = max(int(_value(s.step)) for s in known)
             masks = get_masks(masks, params)
-        elif _tree.structure(masks) != _tree.structure(params) and not _holds_bools(masks):
+        elif _tree.structure(masks) != _tree.structure(params) and not any(_tree.are_bools(masks)):
             raise ValueError(
                 "masks is neither a tree like params nor an optimizer state that holds masks; "
                 "give one of these, or nothing to count weights that are not zero"
@@ -245,10 +245,6 @@ def _pruning_states(tree: PyTree) -> Iterator[PruningState | MaskedParamsState]:
             yield node
             if isinstance(node, PruningState):
                 yield from _pruning_states(node.inner_state)
-
-
-def _holds_bools(tree: PyTree) -> bool:
-    return any(getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(tree))
 
 
 def _no_mask(value: Any) -> bool:

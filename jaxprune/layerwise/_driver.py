@@ -23,8 +23,9 @@ def prune_leaves(
 
     def one(path, leaf, gram, target):
         check_gram(path, leaf, gram, n_m)
+        check_finite(path, leaf)
         rows, mask, healthy = solve(as_groups(leaf, gram), matrices(gram), target)
-        raise_unless(path, healthy, leaf, gram)
+        raise_unless(path, healthy, gram)
         return back(rows, leaf, gram).astype(leaf.dtype), back(mask, leaf, gram)
 
     governed = _tree.map_governed(lambda leaf, _: leaf, params, grams)
@@ -65,12 +66,13 @@ def per_leaf(governed: Params, sparsity: Any) -> PyTree:
             "sparsity and params have different trees; give one number, or one for each governed "
             "leaf of a tree like params"
         )
-    given = dict(_tree.leaves_with_paths(sparsity))
-    for path, leaf in _tree.leaves_with_paths(governed):
-        if leaf is not None and given[path] is None:
+    leaves, values = map(_tree.leaves_with_paths, (governed, sparsity))
+    for (path, leaf), (_, value) in zip(leaves, values, strict=True):
+        if leaf is None:
+            continue
+        if value is None:
             raise ValueError(f"{path}: sparsity is None, but the leaf is governed; give a number")
-        if leaf is not None:
-            _checks.check_sparsity(given[path], f"{path}: sparsity")
+        _checks.check_sparsity(value, f"{path}: sparsity")
     return _tree.map_governed(lambda _, value: value, governed, sparsity)
 
 
@@ -99,6 +101,13 @@ def check_gram(path: str, leaf: Any, gram: Any, n_m: tuple[int, int] | None) -> 
         )
 
 
+def check_finite(path: str, leaf: Any) -> None:
+    """Raise for NaN or infinity in a weight, if that can be known now."""
+    finite = jnp.all(jnp.isfinite(leaf))
+    if _checks.is_concrete(finite) and not bool(finite):
+        raise ValueError(f"{path}: the weight holds NaN or infinity; mend the model first")
+
+
 def as_groups(leaf: jax.Array, gram: Gram) -> jax.Array:
     """The weight as (groups, outputs, fan-in), float32 or wider."""
     rows = _rows.to_rows(_tree.widen(leaf), gram.use)
@@ -121,11 +130,8 @@ def back(rows: jax.Array, leaf: jax.Array, gram: Gram) -> jax.Array:
     return _rows.from_rows(rows, leaf.shape, gram.use)
 
 
-def raise_unless(path: str, healthy: jax.Array, leaf: jax.Array, gram: Gram) -> None:
-    """Raise if a Gram was singular or the leaf not finite; under a trace the weights are NaN."""
-    finite = jnp.all(jnp.isfinite(leaf))
-    if _checks.is_concrete(finite) and not bool(finite):
-        raise ValueError(f"{path}: the weight holds NaN or infinity; mend the model first")
+def raise_unless(path: str, healthy: jax.Array, gram: Gram) -> None:
+    """Raise if a Gram was singular; under a trace nothing is known, and the weights are NaN."""
     if _checks.is_concrete(healthy) and not bool(healthy):
         if not bool(jnp.all(jnp.isfinite(gram.matrix))):
             raise ValueError(

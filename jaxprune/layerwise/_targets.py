@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import _placement, _walk
+from jaxprune.calibration import product
 from jaxprune.layerwise._program import Op, Program, Slot
 from jaxprune.layerwise._values import Walk
 
@@ -62,7 +63,7 @@ class Targets:
 
         def cross(values, dense_values):
             pair = meet(values), meet(dense_values)
-            return _placement.call_in_auto(_product, *pair, small=True)
+            return _placement.call_in_auto(product, *pair, small=True)
 
         def add(total, values, dense_values):
             return total + cross(values, dense_values)
@@ -125,10 +126,6 @@ class Targets:
         start = jax.ShapeDtypeStruct(base.aval.shape, base.aval.dtype)
         (total,) = jax.linear_transpose(forth, start)(total.astype(weight.aval.dtype))
         return total
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum("...ri,...rj->...ij", x, y, precision=lax.Precision.HIGHEST)
 
 
 def sums_after(program: Program) -> dict[Slot, Sum]:

@@ -50,11 +50,12 @@ def reconstruct(
 
     def one(path, leaf, mask, gram):
         _driver.check_gram(path, leaf, gram, None)
+        _driver.check_finite(path, leaf)
         rows, kept = _driver.as_groups(leaf, gram), _driver.as_rows(mask, gram)
         limit = rows.shape[-1] if steps is None else steps
         matrix = _driver.matrices(gram)
         new, healthy = _solve(rows, kept, matrix, jnp.asarray(damping, matrix.dtype), limit)
-        _driver.raise_unless(path, healthy, leaf, gram)
+        _driver.raise_unless(path, healthy, gram)
         return _driver.back(new, leaf, gram).astype(leaf.dtype)
 
     new = _tree.map_governed_with_path(one, params, masks, grams)
