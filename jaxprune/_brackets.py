@@ -63,8 +63,9 @@ class Brackets(NamedTuple):
       kept: what they keep, uint32.
       size: how many weights there are, uint32.
       want: how many are to be kept, uint32.
-      before: the width before the last pass.
-      unit: the key of the standard deviation that scores would have if half-normal, by their mean.
+      span: how many weights, or what they cost, were in the bracket before the last pass, float32.
+      unit: zero less the key of the standard deviation that half-normal scores of that mean have,
+        float32.
       step: passes done.
     """
 
@@ -72,7 +73,7 @@ class Brackets(NamedTuple):
     kept: jax.Array
     size: jax.Array
     want: jax.Array
-    before: jax.Array
+    span: jax.Array
     unit: jax.Array
     step: jax.Array
 
@@ -130,12 +131,14 @@ def within(over: jax.Array, ends: jax.Array, guesses: jax.Array) -> jax.Array:
     return _loops.where(above, first, _loops.where(beyond, guesses, last))
 
 
-def narrow(state: Brackets, guesses: Cut, over: jax.Array, counts: jax.Array) -> Brackets:
-    """That part of each bracket."""
+def narrow(
+    state: Brackets, guesses: Cut, over: jax.Array, counts: jax.Array, span: jax.Array
+) -> Brackets:
+    """That part of each bracket, of ``span`` weights."""
     return state._replace(
         ends=jax.tree.map(partial(within, over), state.ends, guesses),
         kept=within(over, state.kept, counts),
-        before=state.width,
+        span=span,
         step=state.step + 1,
     )
 
@@ -150,71 +153,96 @@ def ranks(state: Brackets) -> Ranks:
 def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     """Two cuts, one to each side of where ``gain`` of the ``span`` weights in the bracket are kept.
 
-    Zeros, often many, are told from what is above and below.
+    Zeros, often many, are told from what is above and below. Where the last pass took next to
+    nothing away, many scores may be equal, and equal ones are round numbers more often than not:
+    the cuts are then the first key, alone, and the roundest of the others. Brackets between round
+    numbers are halved by that.
     """
     zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
-    low, first = halves(state.ends)[0]
-    start, tied = state.step == 0, state.tied
+    (low, first), (high, _) = halves(state.ends)
+    last = second(state.kept)
+    tied, start = state.tied, state.step == 0
     width = lax.optimization_barrier(state.width)
-    middle, apart = _estimate(keys, state, width, ranks)
+    fresh = tied & (high > low) & (first == 0)
+    slow, still = (~fresh & (ranks.span > state.span * np.float32(x)) for x in (0.75, 0.97))
+    octaves = width >> (keys.octave + 2) > 0
+    far = octaves & ~tied & ((high <= zero) | (state.step < 2))
+    far = far & ~(slow & (state.step > _PATIENCE))
+
     extent = width.astype(jnp.float32)
-    apart = jnp.minimum(apart, extent * np.float32(1 / 6))
-    both = middle + _loops.where(second(state.kept), apart, -apart)
+    near, out = _between(keys, tied, slow, still, extent, ranks)
+    beyond, margin = _beyond(keys, state, ranks)
+    middle, apart = _loops.where(far, beyond, near), _loops.where(far, margin, out)
+    up = last | (far & ~start & (ranks.below > 0))
+    both = middle + _loops.where(up, apart, -apart)
     extent = extent * np.float32(1 - 2.0**-20)
     both = jnp.minimum(jnp.maximum(both, 0.0), extent).astype(width.dtype)
     least = jnp.minimum(width, one)
     both = jnp.minimum(jnp.maximum(both, least), jnp.maximum(width - least, least))
     both = both + _loops.where(tied, first, low)
+
+    holds = (low < zero) & (high > zero) & ~tied
     behind = (low == zero) & (width > one) & ~tied
-    both = _loops.where(behind | (start & second(both)), zero + behind.astype(low.dtype), both)
-    both = lax.optimization_barrier(_loops.where(start, jnp.minimum(both, zero), both))
+    both = _loops.where(behind | (holds & ~start & last), zero + behind.astype(low.dtype), both)
+    both = _loops.where(holds, jnp.minimum(both, zero), both)
+    round_ = _loops.where(last, _roundest(low, high - one), low + one)
+    both = _loops.where(still & ~(tied | far | behind | holds), round_, both)
+    both = lax.optimization_barrier(both)
     cuts = Cut(_loops.where(tied, low, both), _loops.where(tied, both, 0))
     return lax.optimization_barrier(cuts)
 
 
-def _estimate(
-    keys: Keys, state: Brackets, width: jax.Array, ranks: Ranks
+def _between(
+    keys: Keys,
+    tied: jax.Array,
+    slow: jax.Array,
+    still: jax.Array,
+    extent: jax.Array,
+    ranks: Ranks,
 ) -> tuple[jax.Array, jax.Array]:
     """How many keys or indices beyond the low end the wanted cut is, and how far off that may be.
 
-    Scores are taken for half-normal. While an end is octaves away, the cut is so far from the other
-    end, give or take a margin that doubles; where that keeps nothing, the scale is known from the
-    mean and the tail at the high end, below which scores are missing. Then it is between what is
-    known of both ends; in brackets of less than an octave scores are nearly uniform. There the
-    margin is a standard deviation of the wanted rank and the error of the model, which grows with
-    the bracket. If that did not halve the bracket, the next two cuts take its thirds.
+    Scores, and places of ties, are taken for uniform; the margin is part of the standard deviation
+    of the wanted rank and the error of the model, which grows with the bracket. If that did not
+    take much away, the next two cuts are the middle and a guess that has the wanted cut between
+    them; if next to nothing, they take the thirds.
+    """
+    inverse = lax.optimization_barrier(1.0 / (ranks.span + 1.0))
+    share = (ranks.gain + 0.5) * inverse
+    rest = jnp.minimum(share, 1.0 - share)
+    model = jnp.minimum(extent * np.float32(0.6 * 2.0**-keys.octave), 0.5)
+    apart = _exp2((_log2(rest) + _log2(inverse)) * 0.5) * np.float32(0.6)
+    apart = apart + _loops.where(tied, 0.0, model * rest)
+    inner = share + _loops.where(share < 0.5, apart, -apart)
+    share, apart = (
+        _loops.where(still, third, _loops.where(slow, half, plain))
+        for third, half, plain in (
+            (np.float32(1 / 2), (inner + 0.5) * 0.5, share),
+            (np.float32(1 / 6), jnp.abs(inner - 0.5) * 0.5, apart),
+        )
+    )
+    return share * extent, apart * extent
+
+
+def _beyond(keys: Keys, state: Brackets, ranks: Ranks) -> tuple[jax.Array, jax.Array]:
+    """The same where an end is octaves away.
+
+    Scores are taken for half-normal: the cut is so far from the low end, give or take a margin that
+    grows fast; where that keeps nothing, the scale is known from the mean and the tail at the high
+    end, below which scores are missing.
     """
     below, gain, span, size = ranks
-    (low, high), (start, _) = map(halves, state.ends)
-    tied, octave = state.tied, np.float32(2.0**keys.octave)
-    extent = width.astype(jnp.float32)
-    wide = (width > state.before >> 1) & ~(tied & (high > low) & (start == 0))
-
+    (low, _), _ = halves(state.ends)
+    zero, octave = keys.number(keys.zero), np.float32(2.0**keys.octave)
     first, wanted, last = (_beginning(x + 0.5, size) for x in (below, below + gain, below + span))
     lack = _exp2(last * 2.0 + 127) * np.float32(np.pi / 4 / np.log(2))
-    unit = (state.unit.astype(jnp.float32) - low.astype(jnp.float32)) * np.float32(1 / octave)
+    base = (zero - jnp.minimum(low, zero)).astype(jnp.float32)
+    end, unit = (x * np.float32(1 / octave) for x in (base, state.unit))
     one = np.float32(-np.log2(np.pi / 2) / 2)  # where the tail of one deviation begins
-    beyond = _loops.where(below > 0, first, unit + one - lack) - wanted
-    beyond = jnp.minimum(jnp.maximum(beyond * octave, 0.0), extent)
-    margin = (jnp.int32(1) << jnp.minimum(state.step, 12)).astype(jnp.float32)
-
-    inverse = lax.optimization_barrier(1.0 / jnp.maximum(span, 1.0))
-    share = _clamp(gain * inverse, 0.0, 1.0)
-    rest = jnp.minimum(share, 1.0 - share) + inverse * 0.5
-    part = (first - wanted) * _inverse(jnp.maximum(first - last, np.float32(2.0**-20)))
-    linear = tied | (width >> (keys.octave - 2) == 0)
-    part = _loops.where(linear, share, _clamp(part, 0.0, 1.0))
-    model = _loops.where(tied, 0.0, extent * np.float32(0.125 / octave))
-    apart = _exp2((_log2(rest) + _log2(inverse)) * 0.5) + model
-    part, apart = (
-        _loops.where(wide, np.float32(0.5), part),
-        _loops.where(wide, np.float32(1.0), apart),
-    )
-
-    far = (width >> (keys.octave + 2) > 0) & ((state.step == 0) | (high <= keys.number(keys.zero)))
-    far = far & ~tied & ~(wide & (state.step > _PATIENCE))
-    middle = _loops.where(far, beyond, part * extent)
-    return middle, _loops.where(far, margin * np.float32(octave / 32), apart * extent)
+    end, unit = end + _bend(end) - first, unit + _bend(unit) - one + lack
+    target = _loops.where(below > 0, end, unit) + wanted
+    margin = _exp2(jnp.minimum(state.step, 12).astype(jnp.float32) * 2.0 + 127)
+    return base - (target - _bend(target)) * octave, margin * (octave * np.float32(1 / 16))
 
 
 def _beginning(x: jax.Array, size: jax.Array) -> jax.Array:
@@ -227,28 +255,36 @@ def _beginning(x: jax.Array, size: jax.Array) -> jax.Array:
     return _log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5 - np.float32(127 / 2)
 
 
+def _roundest(low: jax.Array, last: jax.Array) -> jax.Array:
+    """The number above ``low``, up to ``last``, that most powers of two divide."""
+    bits = 8 * np.dtype(low.dtype).itemsize
+    shift = (bits - 1) - lax.clz(low ^ last)
+    return (last >> shift) << shift
+
+
 def second(pairs: jax.Array) -> np.ndarray:
     """Which entries of the first axis, of two, are the second."""
     return np.array([False, True]).reshape(2, *[1] * (pairs.ndim - 1))
 
 
 def _log2(x: jax.Array) -> jax.Array:
-    """Roughly 127 + log2, from the bits of a float: linear in each octave."""
+    """Roughly 127 + log2, to a percent, from the bits of a float."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return bits.astype(jnp.float32) * np.float32(2.0**-23)
+    straight = bits.astype(jnp.float32) * np.float32(2.0**-23)
+    return straight + _bend(straight)
+
+
+def _bend(octaves: jax.Array) -> jax.Array:
+    """What a logarithm is above the bits of a float, which are linear in each octave."""
+    part = octaves - jnp.floor(octaves)
+    return (part - part * part) * np.float32(0.344)
 
 
 def _exp2(x: jax.Array) -> jax.Array:
-    """Undo ``_log2``."""
+    """Undo ``_log2``, to six percent."""
     bits = (_clamp(x, 1.0, 254.0) * np.float32(2.0**23)).astype(jnp.int32)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _clamp(x: jax.Array, low: float, high: float) -> jax.Array:
     return lax.clamp(np.float32(low), x, np.float32(high))
-
-
-def _inverse(x: jax.Array) -> jax.Array:
-    """Roughly 1 / x; a division would get code of its own."""
-    rough = _exp2(np.float32(254 - 0.07) - _log2(x))
-    return rough * (2.0 - x * rough)

@@ -6,8 +6,8 @@ leaf where one of floats is shared. Accelerators compare and sum in one go.
 """
 
 import math
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,8 @@ _EXACT = 1 << 24  # whole numbers up to here are floats
 _DIGIT = 256
 _STACKED = 1 << 17  # copying a larger leaf costs more than the code that it saves
 _STRIPS_FROM = 1 << 18  # in leaves as large a pass takes longer than adding lines first
-_STRIPS = 8  # lines added as bytes
+_STRIPS = 8  # lines added as half bytes
+_HALF = 4  # bits
 _LINE = 512  # entries of the last axis that make a line
 _LONG = 512  # an axis with as many lines is cut into fewer shards, strips and all
 
@@ -109,8 +110,8 @@ def count(leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], gr
     def by_bytes(leaf, cuts, step):
         if few(leaf):  # one sum over both, and half the code
             return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
-        first, second = views(leaf, cuts, step, axes, grain)
-        return count_bytes(first, second, axes)
+        read = partial(count_bytes, axes=axes)
+        return _where_tied(read, leaf, cuts, step, axes, grain)
 
     return lax.platform_dependent(leaf, cuts, step, cpu=by_bytes, default=alone)
 
@@ -123,13 +124,36 @@ def keep(
     def alone(leaf, cuts, step):
         return views(leaf, cuts, step, axes, grain)[0]
 
-    if not few(leaf):
-        return alone(leaf, cuts, step)
-    return lax.platform_dependent(
-        *(leaf, cuts, step),
-        cpu=lambda leaf, cuts, step: _bytes(leaf, cuts, step, axes, grain)[0] > 0,
-        default=alone,
-    )
+    def by_bytes(leaf, cuts, step):
+        if few(leaf):
+            return _bytes(leaf, cuts, step, axes, grain)[0] > 0
+        return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
+
+    return lax.platform_dependent(leaf, cuts, step, cpu=by_bytes, default=alone)
+
+
+def _where_tied(
+    read: Callable[[jax.Array, jax.Array], PyTree],
+    leaf: jax.Array,
+    cuts: Cut,
+    step: jax.Array,
+    axes: tuple[int, ...],
+    grain: int,
+) -> PyTree:
+    """``read`` the views of two cuts, without indices where no cut is among equal scores.
+
+    A CPU takes longer to compare indices than for all the rest of a pass.
+    """
+
+    def plain(leaf, cuts, step):
+        leaf, _ = lax.optimization_barrier((leaf, step))
+        key = order(leaf, cuts.key.dtype, grain)
+        return read(*(key < cut.key for cut in cuts.both()))
+
+    def tied(leaf, cuts, step):
+        return read(*views(leaf, cuts, step, axes, grain))
+
+    return lax.cond(jnp.any(cuts.end > 0), tied, plain, leaf, cuts, step)
 
 
 def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
@@ -138,14 +162,13 @@ def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Su
 
 
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
-    """Sum two views, the second of which holds the first, by way of a byte per weight."""
-    both = lax.optimization_barrier(first.astype(jnp.int8) + second.astype(jnp.int8))
+    """Sum two views by way of half a byte per weight for each."""
+    both = first.astype(jnp.uint8) | (second.astype(jnp.uint8) << np.uint8(_HALF))
+    both = lax.optimization_barrier(both)
     shape = [1 if a in axes else n for a, n in enumerate(both.shape)]
     both, axes, axis = _lines(both, axes)
-    one = np.int8(1)
-    found, most = [both >> one, (both + one) >> one], 1
-    if axis is not None:
-        found, most = [_strips(view, axis) for view in found], _STRIPS
+    both, most = (both, 1) if axis is None else (_strips(both, axis), _STRIPS)
+    found = both & np.uint8((1 << _HALF) - 1), both >> np.uint8(_HALF)
     sums = _joint(*(_sum(view, axes, most) for view in found))
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 

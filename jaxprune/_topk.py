@@ -283,11 +283,11 @@ def _search(
         counts = lax.optimization_barrier(problem.tally(guesses, state.step))
         over = lax.optimization_barrier(counts >= state.want)
         if shared is None:
-            return narrow(state, guesses, over, counts), looking, spent
+            return narrow(state, guesses, over, counts, ranked.span), looking, spent
         now = lax.optimization_barrier(shared.spent(counts))
         beyond = lax.optimization_barrier(_exact.less(shared.budget, now))
         over = lax.optimization_barrier(_loops.where(looking, beyond, over))
-        state = narrow(state, guesses, over, counts)
+        state = narrow(state, guesses, over, counts, ranked.span)
         spent = jax.tree.map(partial(within, beyond), spent, now)
         least, _ = halves(spent)
         still = (looking & _exact.less(least, shared.budget) & ~state.tied[:, :1]).reshape(())
@@ -311,7 +311,7 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
         zeros = problem.tally(Cut(nothing, nothing), jnp.int32(0))
         zeros = sum((x * np.uint32(0) for x in given), zeros)
         nothing = zeros.astype(keys.dtype)
-    zero, low = zeros[:1], nothing[:1]
+    zero = zeros[:1]
     size = zero + jnp.asarray(whole, jnp.uint32)
     total, weights = problem.totals(), size.astype(jnp.float32)
     if shared is not None:
@@ -319,13 +319,14 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
         total, weights = (jnp.sum(x * costs, keepdims=True) for x in (total, weights))
     deviation = np.float32(np.sqrt(np.pi / 2)) * total / jnp.maximum(weights, 1.0)
     deviation = _loops.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
+    unit, none = _counting.order(deviation, keys.dtype, keys.grain), zero.astype(jnp.float32)
     return Brackets(
         ends=Cut(_loops.where(second(zeros), keys.number(keys.end), nothing), nothing),
         kept=_loops.where(second(zeros), size, zeros),
         size=size,
         want=zero + (np.uint32(_UNKNOWN) if want is None else want),
-        before=low,
-        unit=low + _counting.order(deviation, keys.dtype, keys.grain),
+        span=none + jnp.inf,
+        unit=none + (keys.number(keys.zero) - unit).astype(jnp.float32),
         step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
     )
 

@@ -177,7 +177,21 @@ def test_counts_past_what_a_float_counts(shape, axes):
         assert _counting.counts(sums).ravel().tolist() == [view.size, view.size]
 
 
-@pytest.mark.parametrize(("kind", "most"), [("normal", 12), ("wide", 24), ("constant", 45)])
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant"])
+def test_large_leaves_with_and_without_ties(kind):
+    """Indices are compared only in passes among equal scores."""
+    leaves = jnp.stack([scores((512, 1024), jnp.float32, kind, seed) for seed in range(2)])
+    keep = leaves[0].size // 3
+    top = jax.jit(lambda leaf: _topk.top([leaf], [keep])[0])
+    want = [oracle(leaf, keep) for leaf in leaves]
+    for leaf, mask in zip(leaves, want, strict=True):
+        np.testing.assert_array_equal(top(leaf), mask)
+    np.testing.assert_array_equal(jax.vmap(top)(leaves), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("normal", 9), ("wide", 24), ("ties", 12), ("constant", 14)]
+)
 def test_few_passes_find_the_cut(kind, most):
     """A search that crawls is right in the end, and useless."""
     leaf = jnp.abs(scores((64, 512), jnp.float32, kind, 1))
