@@ -234,7 +234,9 @@ def _beyond(keys: Keys, state: Brackets, ranks: Ranks) -> tuple[jax.Array, jax.A
     below, gain, span, size = ranks
     (low, _), _ = halves(state.ends)
     zero, octave = keys.number(keys.zero), np.float32(2.0**keys.octave)
-    first, wanted, last = (_beginning(x + 0.5, size) for x in (below, below + gain, below + span))
+    ends = jnp.concatenate([below, below + gain, below + span]) + 0.5
+    ends = lax.optimization_barrier(_beginning(ends, size))  # one kernel and not three in another
+    first, wanted, last = (ends[i : i + 1] for i in range(3))
     lack = _exp2(last * 2.0 + 127) * np.float32(np.pi / 4 / np.log(2))
     base = (zero - jnp.minimum(low, zero)).astype(jnp.float32)
     end, unit = (x * np.float32(1 / octave) for x in (base, state.unit))

@@ -81,7 +81,7 @@ def views(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> list[jax.Array]:
     """What each of two cuts keeps of a leaf, with indices along ``axes``."""
-    places = _places(leaf, cuts, step, axes, grain)
+    places = _places(leaf, step, dtype=cuts.key.dtype, axes=axes, grain=grain)
     return [kept(*places, cut) for cut in cuts.both()]
 
 
@@ -177,20 +177,20 @@ def _bytes(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> jax.Array:
     """Two views as bytes, in one array."""
-    places = _places(leaf, cuts, step, axes, grain)
+    places = _places(leaf, step, dtype=cuts.key.dtype, axes=axes, grain=grain)
     key, index = (jnp.broadcast_to(x, (2, *leaf.shape)) for x in places)
     return lax.optimization_barrier(kept(key, index, cuts).astype(jnp.int8))
 
 
+@partial(jax.jit, static_argnames=("dtype", "axes", "grain"))
 def _places(
-    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+    leaf: jax.Array, step: jax.Array, *, dtype: Any, axes: tuple[int, ...], grain: int
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and indices, tied to the iteration by a barrier and a zero made of ``step``.
 
     Without them the compiler computes both once, ahead of the loop, and holds 8 bytes per weight.
     """
     leaf, step = lax.optimization_barrier((leaf, step))
-    dtype = cuts.key.dtype
     return order(leaf, dtype, grain), indices(leaf.shape, axes, step).astype(dtype)
 
 

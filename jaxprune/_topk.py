@@ -30,17 +30,18 @@ _UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
 
 @partial(jax.jit, static_argnames="kinds")
 def top(
-    leaves: Sequence[jax.Array], keep: Sequence[Any], *, kinds: tuple[Any, ...] | None = None
+    leaves: Sequence[jax.Array], keep: Any, *, kinds: tuple[Any, ...] | None = None
 ) -> list[jax.Array]:
     """Masks of the ``keep[i]`` largest scores of each leaf, ties to the lower flat index.
 
-    Small leaves of one of the ``kinds`` are searched in one go.
+    ``keep`` is a list of scalars or a vector. Small leaves of one of the ``kinds`` are searched in
+    one go.
     """
     if not leaves:
         return []
     problem = _Leaves(leaves, kinds=kinds)
-    want = jnp.stack([jnp.asarray(k, jnp.int32) for k in keep])[problem.order]
-    return problem.masks(_search(problem, want.astype(jnp.uint32)[None]))
+    want = jnp.asarray(keep, jnp.int32).astype(jnp.uint32)
+    return problem.masks(_search(problem, want[None, problem.order]))
 
 
 @partial(jax.jit, static_argnames="axes")

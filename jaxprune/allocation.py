@@ -44,8 +44,13 @@ def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Cou
       Balinski, Young. Fair Representation: Meeting the Ideal of One Man, One Vote, 1982 (Webster's
       method).
     """
+    return _unflatten(scores, list(uniform_counts(scores, sparsity, min_keep=min_keep)))
+
+
+def uniform_counts(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> jax.Array:
+    """The counts of ``allocate_uniform`` as a vector."""
     leaves = _governed(scores, sparsity, min_keep)
-    return _split(scores, leaves, sparsity, [leaf.size for leaf in leaves], min_keep)
+    return _split(leaves, sparsity, [leaf.size for leaf in leaves], min_keep)
 
 
 def allocate_erk(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
@@ -77,7 +82,8 @@ def allocate_erk(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
       Evci, Gale, Menick, Castro, Elsen. Rigging the Lottery: Making All Tickets Winners, 2020.
     """
     leaves = _governed(scores, sparsity, min_keep)
-    return _split(scores, leaves, sparsity, [sum(leaf.shape) or 1 for leaf in leaves], min_keep)
+    weights = [sum(leaf.shape) or 1 for leaf in leaves]
+    return _unflatten(scores, list(_split(leaves, sparsity, weights, min_keep)))
 
 
 def allocate_global(
@@ -193,7 +199,7 @@ def allocate_owl(
         return scores
     kept = 1 - jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1)
     weights = _owl([_tree.widen(leaf) for leaf in leaves], kept, outlier, spread)
-    return _split(scores, leaves, sparsity, weights, min_keep)
+    return _unflatten(scores, list(_split(leaves, sparsity, weights, min_keep)))
 
 
 @jax.jit
@@ -272,19 +278,21 @@ def _unflatten(scores: Scores, values: Sequence[Any]) -> PyTree:
 @partial(jax.jit, static_argnames=("everything", "least"))
 def _budget(sparsity: Any, everything: int, least: int) -> _exact.Wide:
     kept = _exact.subtract(_exact.constant(everything), _exact.round_product(sparsity, everything))
-    return _exact.maximum(kept, _exact.constant(least))
+    # Of two words in one array the compiler makes one kernel, of two arrays two, both with it all.
+    words = jnp.stack(_exact.maximum(kept, _exact.constant(least)))
+    return _exact.Wide(*lax.optimization_barrier(words))
 
 
-def _split(scores, leaves, sparsity, weights, min_keep) -> Counts:
+def _split(leaves, sparsity, weights, min_keep) -> jax.Array:
+    """How many weights each leaf keeps, by their ``weights``: int32, one for each leaf."""
     if not leaves:
-        return scores
+        return jnp.zeros((0,), jnp.int32)
     caps = tuple(leaf.size for leaf in leaves)
     floors = tuple(min(min_keep, cap) for cap in caps)
     budget = _budget(sparsity, sum(caps), sum(floors))
     if not isinstance(weights, jax.Array):
         weights = np.array(weights, np.uint32)
-    keep = _webster(budget, weights, caps=caps, floors=floors)
-    return _unflatten(scores, list(keep))
+    return _webster(budget, weights, caps=caps, floors=floors)
 
 
 @partial(jax.jit, static_argnames=("caps", "floors"))

@@ -39,9 +39,7 @@ def mask_topk(scores: Scores, keep: Counts, *, axis: Any = None) -> Masks:
     check_scores(scores, keep)
     if axis is not None:
         return _tree.map_governed_with_path(_topk_along, scores, keep, axis_tree(scores, axis))
-    counts = jax.tree.leaves(_like(scores, keep))
-    masks = _topk.top(jax.tree.leaves(scores), counts, kinds=_tree.kinds(scores))
-    return jax.tree.unflatten(jax.tree.structure(scores), masks)
+    return _best(scores, jax.tree.leaves(_like(scores, keep)))
 
 
 def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks:
@@ -229,7 +227,10 @@ def unpack_masks(packed: PyTree, params: Params) -> Masks:
 
 
 def allocate_and_mask(scores: Scores, sparsity: Any, allocate: Allocation, mask: Masking) -> Masks:
-    """``mask(scores, allocate(scores, sparsity))``; a global threshold is not looked for twice."""
+    """``mask(scores, allocate(scores, sparsity))``.
+
+    A global threshold is not looked for twice, and counts that come as a vector stay one.
+    """
     _checks.check_steps(allocate=allocate, mask=mask)
     call, options = (
         (allocate.func, allocate.keywords) if isinstance(allocate, partial) else (allocate, {})
@@ -237,7 +238,15 @@ def allocate_and_mask(scores: Scores, sparsity: Any, allocate: Allocation, mask:
     if call is allocation.allocate_global and mask is mask_topk and not options.get("costs"):
         masks, _ = allocation.shared_selection(scores, sparsity, **options)
         return jax.tree.unflatten(jax.tree.structure(scores), masks)
+    if call is allocation.allocate_uniform and mask is mask_topk:
+        return _best(scores, allocation.uniform_counts(scores, sparsity, **options))
     return mask(scores, allocate(scores, sparsity))
+
+
+def _best(scores: Scores, keep: Any) -> Masks:
+    """The masks of ``mask_topk``, from a list or vector with the count of each governed leaf."""
+    masks = _topk.top(jax.tree.leaves(scores), keep, kinds=_tree.kinds(scores))
+    return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
 
 def where_kept(leaf: jax.Array, mask: jax.Array) -> jax.Array:
