@@ -227,22 +227,20 @@ def _between(
 def _beyond(keys: Keys, state: Brackets, ranks: Ranks) -> tuple[jax.Array, jax.Array]:
     """The same where an end is octaves away.
 
-    Scores are taken for half-normal: the cut is so far from the low end, give or take a margin that
-    grows fast; where that keeps nothing, the scale is known from the mean and the tail at the high
-    end, below which scores are missing.
+    Scores are taken for half-normal: the cut is so far from the low end, or where that keeps
+    nothing from the deviation, give or take a margin that grows fast.
     """
-    below, gain, span, size = ranks
+    below, size = ranks.below, ranks.size
     (low, _), _ = halves(state.ends)
     zero, octave = keys.number(keys.zero), np.float32(2.0**keys.octave)
-    ends = jnp.concatenate([below, below + gain, below + span]) + 0.5
-    ends = lax.optimization_barrier(_beginning(ends, size))  # one kernel and not three in another
-    first, wanted, last = (ends[i : i + 1] for i in range(3))
-    lack = _exp2(last * 2.0 + 127) * np.float32(np.pi / 4 / np.log(2))
-    base = (zero - jnp.minimum(low, zero)).astype(jnp.float32)
-    end, unit = (x * np.float32(1 / octave) for x in (base, state.unit))
+    ends = jnp.concatenate([below, below + ranks.gain]) + 0.5
+    ends = lax.optimization_barrier(_beginning(ends, size))  # one kernel and not two in another
+    first, wanted = halves(ends)
     one = np.float32(-np.log2(np.pi / 2) / 2)  # where the tail of one deviation begins
-    end, unit = end + _bend(end) - first, unit + _bend(unit) - one + lack
-    target = _loops.where(below > 0, end, unit) + wanted
+    known = below > 0
+    base = (zero - jnp.minimum(low, zero)).astype(jnp.float32)
+    mark = _loops.where(known, base, state.unit) * np.float32(1 / octave)
+    target = mark + _bend(mark) + wanted - _loops.where(known, first, one)
     margin = _exp2(jnp.minimum(state.step, 12).astype(jnp.float32) * 2.0 + 127)
     return base - (target - _bend(target)) * octave, margin * (octave * np.float32(1 / 16))
 

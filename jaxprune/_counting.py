@@ -77,12 +77,13 @@ def kept(key: jax.Array, index: jax.Array, cut: Cut) -> jax.Array:
     return key < cut.key + (index < cut.end).astype(key.dtype)
 
 
+@partial(jax.jit, static_argnames=("axes", "grain"))
 def views(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> list[jax.Array]:
     """What each of two cuts keeps of a leaf, with indices along ``axes``."""
-    places = _places(leaf, step, dtype=cuts.key.dtype, axes=axes, grain=grain)
-    return [kept(*places, cut) for cut in cuts.both()]
+    key, index = _places(leaf, step, dtype=cuts.key.dtype, axes=axes, grain=grain)
+    return [kept(key, index, cut) for cut in cuts.both()]
 
 
 def few(leaf: jax.Array) -> bool:
@@ -173,6 +174,7 @@ def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> S
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
+@partial(jax.jit, static_argnames=("axes", "grain"))
 def _bytes(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> jax.Array:

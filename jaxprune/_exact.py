@@ -1,10 +1,12 @@
 """Exact unsigned integers of 64 bits, for totals over many leaves, without 64-bit types.
 
-A number is a pair of uint32 arrays of one shape. Nothing is ever rounded or lost, and weights past
-2^31 are counted to the weight whether x64 is on or not.
+A number is a pair of uint32 arrays of one shape, or one array where a bound is known that fits in
+it: that is a third of the code to compile. Nothing is ever rounded or lost, and weights past 2^31
+are counted to the weight whether x64 is on or not.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +24,15 @@ _SHIFTS = (0, 16, 8, 24)  # of digits; in order they would be computed, by code 
 
 
 class Wide(NamedTuple):
-    """``high * 2^32 + low``."""
+    """``high * 2^32 + low``; without a high word below 2^32."""
 
-    high: jax.Array
+    high: Any  # an array, or None
     low: jax.Array
+
+
+def up_to(bound: int, number: Wide) -> Wide:
+    """A number that is no larger than ``bound``, in one word if that fits."""
+    return Wide(None, number.low) if bound >> 32 == 0 else number
 
 
 def constant(value: int | Sequence[int]) -> Wide:
@@ -42,19 +49,24 @@ def from_uint32(value: jax.Array) -> Wide:
 
 def to_float(number: Wide) -> jax.Array:
     """The nearest float32, up to a unit in the last place."""
-    high, low = (part.astype(jnp.float32) for part in number)
-    return high * np.float32(2.0**32) + low
+    low = number.low.astype(jnp.float32)
+    if number.high is None:
+        return low
+    return number.high.astype(jnp.float32) * np.float32(2.0**32) + low
 
 
 def add(a: Wide, b: Wide) -> Wide:
-    """a + b."""
+    """a + b, of two words."""
     low = a.low + b.low
     return Wide(a.high + b.high + (low < a.low).astype(jnp.uint32), low)
 
 
 def subtract(a: Wide, b: Wide) -> Wide:
     """a - b for a >= b."""
-    return Wide(a.high - b.high - (a.low < b.low).astype(jnp.uint32), a.low - b.low)
+    if a.high is None:
+        return Wide(None, a.low - b.low)
+    high = a.high if b.high is None else a.high - b.high
+    return Wide(high - (a.low < b.low).astype(jnp.uint32), a.low - b.low)
 
 
 def multiply(a: jax.Array, b: jax.Array) -> Wide:
@@ -68,12 +80,15 @@ def multiply(a: jax.Array, b: jax.Array) -> Wide:
 
 def less(a: Wide, b: Wide) -> jax.Array:
     """Whether a < b."""
+    if a.high is None and b.high is None:
+        return a.low < b.low
+    a, b = (Wide(np.uint32(0), x.low) if x.high is None else x for x in (a, b))
     return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 
 def where(condition: jax.Array, a: Wide, b: Wide) -> Wide:
     """``a`` where the condition holds, else ``b``."""
-    return Wide(_loops.where(condition, a.high, b.high), _loops.where(condition, a.low, b.low))
+    return jax.tree.map(partial(_loops.where, condition), a, b)
 
 
 def maximum(a: Wide, b: Wide) -> Wide:
@@ -81,12 +96,15 @@ def maximum(a: Wide, b: Wide) -> Wide:
     return where(less(a, b), b, a)
 
 
-def total(number: Wide | jax.Array) -> Wide:
+def total(number: Wide | jax.Array, bound: int = LARGEST) -> Wide:
     """The sum over the last axis, which stays; of up to 65,536 numbers, or of a uint32 array.
 
-    Digits of eight bits are added as floats, in which whole numbers up to 2^24 are exact: sums of
-    integers take longer to compile.
+    Sums past 32 bits are of digits of eight bits as floats, in which whole numbers up to 2^24 are
+    exact.
     """
+    if bound >> 32 == 0:
+        words = number.low if isinstance(number, Wide) else number
+        return Wide(None, jnp.sum(words, -1, dtype=jnp.uint32, keepdims=True))
     if isinstance(number, Wide):
         return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
     shifts = np.array(_SHIFTS, np.uint32).reshape(*[1] * (number.ndim - 1), -1, 1)

@@ -82,8 +82,11 @@ def top_shared(
         return [], []
     problem = _Leaves(leaves, sizes, kinds)
     least = sum(cost * floor for cost, floor in zip(costs, floors, strict=True))
+    pairs = zip(costs, leaves, strict=True)
+    bound = _exact.LARGEST if sizes else sum(cost * leaf.size for cost, leaf in pairs)
     shared = _Shared(
-        _exact.subtract(budget, _exact.constant(least)),
+        _exact.up_to(bound, _exact.subtract(budget, _exact.constant(least))),
+        bound=bound,
         costs=tuple(costs[i] for i in problem.order),
         floors=tuple(floors[i] for i in problem.order),
         rank=tuple(int(i) for i in problem.order),
@@ -103,9 +106,13 @@ def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 class _Shared(NamedTuple):
-    """What all leaves share: a budget for what they keep beyond the floors."""
+    """What all leaves share: a budget for what they keep beyond the floors.
+
+    All that they can keep costs up to ``bound``.
+    """
 
     budget: _exact.Wide
+    bound: int
     costs: tuple[int, ...]
     floors: tuple[int, ...]
     rank: tuple[int, ...]
@@ -118,7 +125,8 @@ class _Shared(NamedTuple):
         )
         beyond = jnp.maximum(kept, floors) - floors
         plain = all(cost == 1 for cost in self.costs)
-        return _exact.total(beyond if plain else _exact.multiply(beyond, costs))
+        cost = beyond if plain else _exact.multiply(beyond, costs)
+        return _exact.total(cost, self.bound)
 
 
 class _Leaves:
@@ -350,10 +358,11 @@ def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     prices = jnp.asarray(np.array([shared.costs], np.uint32))
     plain = all(cost == 1 for cost in shared.costs)
     worth = room if plain else _exact.multiply(room, prices)
-    before = _exact.before(worth, np.array(shared.rank))
+    before = _exact.up_to(shared.bound, _exact.before(worth, np.array(shared.rank)))
     left = _exact.subtract(_exact.maximum(rest, before), before)
     if plain:
-        return _loops.where(left.high > 0, room, jnp.minimum(left.low, room))
+        affordable = jnp.minimum(left.low, room)
+        return affordable if left.high is None else _loops.where(left.high > 0, room, affordable)
 
     def try_bit(i, bits):
         trial = bits | (np.uint32(1 << 30) >> i.astype(jnp.uint32))

@@ -310,7 +310,8 @@ def _webster(
     point, and of the next one for the leaves of an index below ``ahead``. Both are found bit by
     bit, as the largest that do not overspend.
     """
-    weights = jnp.asarray(weights)[None]
+    weights, everything = jnp.asarray(weights)[None], sum(caps)
+    budget = _exact.up_to(everything, budget)
     cap, floor = (np.array([bound], np.uint32) for bound in (caps, floors))
 
     def seats(words):
@@ -341,7 +342,7 @@ def _webster(
     def decide(carry):
         i, trial, _ = carry
         found = seats(trial)
-        over = _exact.less(budget, _exact.total(found))[0]
+        over = _exact.less(budget, _exact.total(found, everything))[0]
         return i + 1, _loops.where(over, trial ^ bit(i), trial) | bit(i + 1), found
 
     # The last turn decides no bit: what is found is what was decided. The zero has the varying axes

@@ -40,6 +40,20 @@ def test_arithmetic(a, b):
     assert math.isclose(float(_exact.to_float(x)), a, rel_tol=1e-6)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**40))
+def test_one_word_is_exact_beside_two(a, b):
+    wide, other = _exact.constant(a), _exact.constant(b)
+    small = _exact.up_to(a, wide)
+    assert small.high is None and _exact.up_to(2**32, other) is other
+    for x, y in ((small, other), (small, _exact.up_to(b, other))):
+        assert bool(_exact.less(x, y)) == (a < b) and bool(_exact.less(y, x)) == (b < a)
+        rest = _exact.subtract(*((y, x) if a < b else (x, y)))
+        assert (0 if rest.high is None else int(rest.high)) * 2**32 + int(rest.low) == abs(a - b)
+    assert math.isclose(float(_exact.to_float(small)), a, rel_tol=1e-6)
+    parts = jnp.asarray(np.array([a // 2, a - a // 2], np.uint32))
+    assert int(_exact.total(parts, a).low[0]) == a and _exact.total(parts, a).high is None
+
+
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
 def test_totals_pass_32_bits(values):
     number = _exact.from_uint32(jnp.asarray(np.array(values, np.uint32)))
