@@ -44,14 +44,17 @@ def test_arithmetic(a, b):
 def test_one_word_is_exact_beside_two(a, b):
     wide, other = _exact.constant(a), _exact.constant(b)
     small = _exact.up_to(a, wide)
-    assert small.high is None and _exact.up_to(2**32, other) is other
+    assert small.high is None
+    assert _exact.up_to(2**32, other) is other
     for x, y in ((small, other), (small, _exact.up_to(b, other))):
-        assert bool(_exact.less(x, y)) == (a < b) and bool(_exact.less(y, x)) == (b < a)
+        assert bool(_exact.less(x, y)) == (a < b)
+        assert bool(_exact.less(y, x)) == (b < a)
         rest = _exact.subtract(*((y, x) if a < b else (x, y)))
         assert (0 if rest.high is None else int(rest.high)) * 2**32 + int(rest.low) == abs(a - b)
     assert math.isclose(float(_exact.to_float(small)), a, rel_tol=1e-6)
     parts = jnp.asarray(np.array([a // 2, a - a // 2], np.uint32))
-    assert int(_exact.total(parts, a).low[0]) == a and _exact.total(parts, a).high is None
+    assert int(_exact.total(parts, a).low[0]) == a
+    assert _exact.total(parts, a).high is None
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
