@@ -20,6 +20,7 @@ LARGEST = 2**63 - 1
 """What a number may be where it is to be multiplied by a fraction."""
 
 _LOW = np.uint32(0xFFFF)
+_FEW = 512  # numbers of which every one is compared with every other
 _SHIFTS = (0, 16, 8, 24)  # of digits; in order they would be computed, by code of their own
 
 
@@ -113,8 +114,17 @@ def total(number: Wide | jax.Array, bound: int = LARGEST) -> Wide:
     return _of_digits(*(sums[..., i : i + 1] for i in range(4)))
 
 
-def before(number: Wide | jax.Array, rank: np.ndarray) -> Wide:
-    """For every entry the sum of those of lower rank along the last axis, of up to 65,536."""
+def before(number: Wide | jax.Array, rank: np.ndarray, bound: int = LARGEST) -> Wide:
+    """For every entry the sum of those of lower rank along the last axis, of up to 65,536.
+
+    All of them add up to no more than ``bound``.
+    """
+    if bound >> 32 == 0 and len(rank) <= _FEW:
+        words = number.low if isinstance(number, Wide) else number
+        earlier = _loops.where(rank < rank[:, None], words[..., None, :], np.uint32(0))
+        return Wide(None, jnp.sum(earlier, -1, dtype=jnp.uint32))
+    if bound >> 32 == 0:
+        return up_to(bound, before(number, rank))
     if isinstance(number, Wide):
         low, high = before(number.low, rank), before(number.high, rank)
         return add(low, Wide(high.low, jnp.zeros_like(high.low)))

@@ -302,8 +302,7 @@ def _search(
         still = (looking & _exact.less(least, shared.budget) & ~state.tied[:, :1]).reshape(())
         still = lax.optimization_barrier(still)
         # Chosen and not branched: a branch takes longer to compile than sharing out takes.
-        found, out = looking & ~still, _share_out(problem.keys, state, least, shared)
-        return jax.tree.map(partial(_loops.where, found), out, state), still, spent
+        return _share_out(looking & ~still, problem.keys, state, least, shared), still, spent
 
     return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
@@ -340,7 +339,9 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
     )
 
 
-def _share_out(keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared) -> Brackets:
+def _share_out(
+    found: jax.Array, keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared
+) -> Brackets:
     """Where one key for all leaves is found, the count of each, and its bracket from there on."""
     (_, high), (below, above) = map(halves, (state.ends.key, state.kept))
     base = jnp.maximum(below, np.array([shared.floors], np.uint32))
@@ -349,7 +350,8 @@ def _share_out(keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared)
     want = lax.optimization_barrier(want)  # or it is found three times over
     inside, last = want <= above, second(state.kept)
     behind = _loops.where(last, keys.number(keys.end), high), _loops.where(last, state.size, above)
-    key, kept = map(partial(_loops.where, inside), (state.ends.key, state.kept), behind)
+    key, kept = map(partial(_loops.where, inside | ~found), (state.ends.key, state.kept), behind)
+    want = _loops.where(found, want, state.want)
     return state._replace(want=want, ends=state.ends._replace(key=key), kept=kept)
 
 
@@ -358,7 +360,7 @@ def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     prices = jnp.asarray(np.array([shared.costs], np.uint32))
     plain = all(cost == 1 for cost in shared.costs)
     worth = room if plain else _exact.multiply(room, prices)
-    before = _exact.up_to(shared.bound, _exact.before(worth, np.array(shared.rank)))
+    before = _exact.before(worth, np.array(shared.rank), shared.bound)
     left = _exact.subtract(_exact.maximum(rest, before), before)
     if plain:
         affordable = jnp.minimum(left.low, room)

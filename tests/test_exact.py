@@ -6,6 +6,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,15 @@ def test_one_word_is_exact_beside_two(a, b):
     parts = jnp.asarray(np.array([a // 2, a - a // 2], np.uint32))
     assert int(_exact.total(parts, a).low[0]) == a
     assert _exact.total(parts, a).high is None
+
+
+@pytest.mark.parametrize("n", [1, 73, 600])
+def test_sums_before_in_one_word(n):
+    rng = np.random.default_rng(n)
+    values, rank = rng.integers(0, (2**32 - 1) // n, n, np.uint32), rng.permutation(n)
+    found = _exact.before(jnp.asarray(values)[None], rank, int(values.sum(dtype=np.uint64)))
+    assert found.high is None
+    assert found.low[0].tolist() == [int(values[rank < mine].sum()) for mine in rank]
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
