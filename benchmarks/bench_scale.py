@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from benchmarks import _timing
+from jaxprune import _topk
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -101,6 +102,31 @@ def sharded_wire(devices, layers, width):
     }
 
 
+def passes(n):
+    """How many counting passes the search takes, by how the scores are distributed."""
+    rng = np.random.default_rng(0)
+    normal, other = np.abs(rng.standard_normal((2, n), np.float32))
+    zeros = rng.random(n) < 0.7
+    draws = {
+        "half-normal": normal,
+        "product of two": normal * other,
+        "Laplace": np.abs(rng.laplace(size=n)),
+        "log-normal": np.exp(rng.standard_normal(n)),
+        "Student's t, 3": np.abs(rng.standard_t(3, n)),
+        "half-normal, 70 % zeros": np.where(zeros, 0, normal),
+        "products, 70 % zeros": np.where(zeros, 0, normal * other),
+        "uniform": rng.random(n),
+        "on a grid of 50": rng.integers(0, 50, n),
+        "2^-120 to 2^120": np.exp2(rng.uniform(-120, 120, n)),
+        "around 1, some ulps": 1 + 1e-5 * rng.standard_normal(n),
+        "all equal": np.ones(n),
+    }
+    step = jax.jit(lambda x, keep: _topk._search(_topk._Leaves((x,)), keep).step)
+    keeps = [jnp.array([[round(n * d)]], jnp.uint32) for d in (0.9, 0.5, 0.3, 0.1, 0.05, 0.01)]
+    scored = {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()}
+    return {name: [int(step(x, keep)) for keep in keeps] for name, x in scored.items()}
+
+
 def main(argv=None):
     args = _timing.parser(__doc__).parse_args(argv)
     jax.config.update("jax_num_cpu_devices", 8)
@@ -134,7 +160,10 @@ def main(argv=None):
         for s in sent
     ]
     print("\n" + _timing.table([head, *rows]))
-    _timing.save("scale", {"update": results, "wire": sent}, args.out)
+    found = passes(1 << (18 if args.quick else 22))
+    rows = [[name, f"{np.mean(taken):.1f}", max(taken)] for name, taken in found.items()]
+    print("\n" + _timing.table([["scores", "passes, mean", "most"], *rows]))
+    _timing.save("scale", {"update": results, "wire": sent, "passes": found}, args.out)
 
     figure, axis = plt.subplots(figsize=(7, 5))
     for name, style in (("np.partition", "s-"), ("ours", "o-"), ("one compare", "k--")):
