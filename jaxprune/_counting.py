@@ -1,8 +1,9 @@
 """One counting pass: float bits as keys, and how many scores two cuts keep of a leaf.
 
-On a CPU what the cuts keep is written as a byte per weight and then summed as floats: a comparison
-fused into its own sum does not vectorise there, and a sum of integers is compiled anew for every
-leaf where one of floats is shared. Accelerators compare and sum in one go.
+On a CPU what the cuts keep is written as a byte per weight, in large leaves half of it for each
+cut, and then summed as floats: a comparison fused into its own sum does not vectorise there, and a
+sum of integers is compiled anew for every leaf where one of floats is shared. Accelerators compare
+and sum in one go.
 """
 
 import math
