@@ -1,8 +1,8 @@
 """Exact unsigned integers of 64 bits, for totals over many leaves, without 64-bit types.
 
 A number is a pair of uint32 arrays of one shape, or one array where a bound is known that fits in
-it: that is a third of the code to compile. Nothing is ever rounded or lost, and weights past 2^31
-are counted to the weight whether x64 is on or not.
+it, which is less code to compile. Nothing is ever rounded or lost, and weights past 2^31 are
+counted to the weight whether x64 is on or not.
 """
 
 from collections.abc import Sequence
@@ -104,8 +104,7 @@ def total(number: Wide | jax.Array, bound: int = LARGEST) -> Wide:
     exact.
     """
     if bound >> 32 == 0:
-        words = number.low if isinstance(number, Wide) else number
-        return Wide(None, jnp.sum(words, -1, dtype=jnp.uint32, keepdims=True))
+        return Wide(None, jnp.sum(_low(number), -1, dtype=jnp.uint32, keepdims=True))
     if isinstance(number, Wide):
         return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
     shifts = np.array(_SHIFTS, np.uint32).reshape(*[1] * (number.ndim - 1), -1, 1)
@@ -119,12 +118,12 @@ def before(number: Wide | jax.Array, rank: np.ndarray, bound: int = LARGEST) -> 
 
     All of them add up to no more than ``bound``.
     """
-    if bound >> 32 == 0 and len(rank) <= _FEW:
-        words = number.low if isinstance(number, Wide) else number
+    if bound >> 32 == 0:
+        words = _low(number)
+        if len(rank) > _FEW:
+            return up_to(bound, before(words, rank))
         earlier = _loops.where(rank < rank[:, None], words[..., None, :], np.uint32(0))
         return Wide(None, jnp.sum(earlier, -1, dtype=jnp.uint32))
-    if bound >> 32 == 0:
-        return up_to(bound, before(number, rank))
     if isinstance(number, Wide):
         low, high = before(number.low, rank), before(number.high, rank)
         return add(low, Wide(high.low, jnp.zeros_like(high.low)))
@@ -134,6 +133,10 @@ def before(number: Wide | jax.Array, rank: np.ndarray, bound: int = LARGEST) -> 
     ahead = _sums_before(jnp.sum(lines, -1))
     sums = (_sums_before(lines) + ahead[..., None]).reshape(len(digits), -1)
     return _of_digits(*jnp.split(sums[:, rank], 4))
+
+
+def _low(number: Wide | jax.Array) -> jax.Array:
+    return number.low if isinstance(number, Wide) else number
 
 
 def _sums_before(x: jax.Array) -> jax.Array:
