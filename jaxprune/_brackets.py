@@ -105,7 +105,8 @@ class Brackets(NamedTuple):
         """Whether any bracket is still to be narrowed."""
         below, above = halves(self.kept)
         met = (above == self.want) | (below == self.want)
-        return jnp.any(_loops.grid((~met & (self.width > 1)).reshape(-1)))
+        left = (~met & (self.width > 1)).reshape(1, -1)
+        return _loops.total(left.astype(jnp.float32)) > 0
 
 
 class Ranks(NamedTuple):
@@ -162,8 +163,8 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     (low, first), (high, _) = halves(state.ends)
     last = second(state.kept)
     tied, start = state.tied, state.step == 0
-    width = lax.optimization_barrier(state.width)
-    fresh = tied & (high > low) & (first == 0)
+    width = state.width
+    fresh = (tied & (high > low) & (first == 0)) | start
     slow, still = (~fresh & (ranks.span > state.span * np.float32(x)) for x in (0.75, 0.97))
     octaves = width >> (keys.octave + 2) > 0
     far = octaves & ~tied & ((high <= zero) | (state.step < 2))
@@ -207,7 +208,7 @@ def _between(
     take much away, the next two cuts are the middle and a guess that has the wanted cut between
     them; if next to nothing, they take the thirds.
     """
-    inverse = lax.optimization_barrier(1.0 / (ranks.span + 1.0))
+    inverse = 1.0 / (ranks.span + 1.0)
     share = (ranks.gain + 0.5) * inverse
     rest = jnp.minimum(share, 1.0 - share)
     model = jnp.minimum(extent * np.float32(0.6 * 2.0**-keys.octave), 0.5)

@@ -302,12 +302,19 @@ def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.sum(positive, axes).reshape(shape)
 
 
+def totals_of(parts: Sequence[jax.Array]) -> jax.Array:
+    """The same of every leaf of several parts: float32 ``[1, leaves]``."""
+    whole = [(part[0], 0) if len(part) == 1 else (part, 1) for part in parts]  # or a reshape differs
+    sums = [totals(x, tuple(range(first, x.ndim))).reshape(1, -1) for x, first in whole]
+    sums = lax.optimization_barrier([x.astype(jnp.float32) for x in sums])  # or 
+    joint = jnp.concatenate(sums, 1)
+    return lax.optimization_barrier(joint)  # or a sum of it goes over the weights once more
+
+
 def any_nan(scores: PyTree) -> jax.Array:
     """Whether any score is NaN."""
     leaves = jax.tree.leaves(scores)
     if not leaves:
         return jnp.zeros((), bool)
     parts = [jnp.stack([leaves[i] for i in part]) for part in members(leaves, _tree.kinds(scores))]
-    sums = [totals(part, tuple(range(1, part.ndim))).reshape(-1) for part in parts]
-    joint = jnp.concatenate([x.astype(jnp.float32) for x in sums])
-    return jnp.any(_loops.grid(jnp.isnan(joint)))
+    return lax.optimization_barrier(jnp.isnan(_loops.total(totals_of(parts))))

@@ -20,7 +20,7 @@ LARGEST = 2**63 - 1
 """What a number may be where it is to be multiplied by a fraction."""
 
 _LOW = np.uint32(0xFFFF)
-_FEW = 512  # numbers of which every one is compared with every other
+_FEW = 256  # numbers of which every one is compared with every other
 _SHIFTS = (0, 16, 8, 24)  # of digits; in order they would be computed, by code of their own
 
 
@@ -104,7 +104,8 @@ def total(number: Wide | jax.Array, bound: int = LARGEST) -> Wide:
     exact.
     """
     if bound >> 32 == 0:
-        return Wide(None, jnp.sum(_low(number), -1, dtype=jnp.uint32, keepdims=True))
+        sums = jnp.sum(_loops.grid(_low(number)), (-2, -1), dtype=jnp.uint32)
+        return Wide(None, sums[..., None])
     if isinstance(number, Wide):
         return add(total(number.low), Wide(total(number.high).low, jnp.zeros((), jnp.uint32)))
     shifts = np.array(_SHIFTS, np.uint32).reshape(*[1] * (number.ndim - 1), -1, 1)
@@ -122,8 +123,12 @@ def before(number: Wide | jax.Array, rank: np.ndarray, bound: int = LARGEST) -> 
         words = _low(number)
         if len(rank) > _FEW:
             return up_to(bound, before(words, rank))
-        earlier = _loops.where(rank < rank[:, None], words[..., None, :], np.uint32(0))
-        return Wide(None, jnp.sum(earlier, -1, dtype=jnp.uint32))
+        # Two digits of 16 bits, of so few numbers, add up to floats that are exact.
+        digits = jnp.concatenate([words & _LOW, words >> 16]).astype(jnp.int32)
+        earlier = (rank[:, None] < rank).astype(np.float32)
+        sums = jnp.matmul(digits.astype(jnp.float32), earlier, precision=lax.Precision.HIGHEST)
+        low, high = jnp.split(sums.astype(jnp.int32).astype(jnp.uint32), 2)
+        return Wide(None, low + (high << 16))
     if isinstance(number, Wide):
         low, high = before(number.low, rank), before(number.high, rank)
         return add(low, Wide(high.low, jnp.zeros_like(high.low)))

@@ -14,8 +14,13 @@ _LINE = 64  # Entries of the last axis that stay together.
 
 
 def where(condition: Any, a: Any, b: Any) -> jax.Array:
-    """``jnp.where``, which is a call: to inline one takes the compiler longer than a selection."""
+    """``jnp.where``, which is a call: to inline one takes the compiler longer than a selection.
+
+    Of what is known before compiling it is NumPy's.
+    """
     dtype = jnp.result_type(a, b)
+    if not any(isinstance(x, jax.Array) for x in (condition, a, b)):
+        return np.where(condition, a, b).astype(dtype)
     return lax.select(*jnp.broadcast_arrays(condition, *(jnp.asarray(x, dtype) for x in (a, b))))
 
 
@@ -30,6 +35,11 @@ def apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
         return jax.tree.map(jnp.zeros_like, f(x))
 
     return lax.cond(known != np.uint32(0xFFFFFFFF), f, never, x)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of floats ``[1, n]``; sums of as many share their code."""
+    return lax.optimization_barrier(jnp.sum(lax.optimization_barrier(x)))
 
 
 def grid(x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ units of most backends flush to zero.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,8 +25,6 @@ from jax import lax
 from jaxprune import _counting, _exact, _loops, _placement
 from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, second, within
 from jaxprune._counting import Cut, halves
-
-_UNKNOWN = 2**32 - 1  # wanted of a leaf, before the key for all leaves is found
 
 
 @partial(jax.jit, static_argnames="kinds")
@@ -117,6 +116,13 @@ class _Shared(NamedTuple):
     floors: tuple[int, ...]
     rank: tuple[int, ...]
 
+    def at_first(self, kept: Any) -> _exact.Wide:
+        """What nothing and everything cost: ``kept``, which the compiler may know."""
+        if isinstance(kept, np.ndarray):
+            least = sum(map(operator.mul, self.costs, self.floors))
+            return _exact.up_to(self.bound, _exact.constant([[0], [self.bound - least]]))
+        return self.spent(kept)
+
     def spent(self, kept: jax.Array) -> _exact.Wide:
         """What it costs to keep so many weights of each leaf."""
         floors, costs = (
@@ -149,6 +155,10 @@ class _Leaves:
         lengths = [len(members) for members in self.members]
         self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
 
+    def zeros(self) -> Any:
+        """For the two cuts of every leaf, known to the compiler."""
+        return np.zeros((2, len(self.leaves)), np.uint32)
+
     def whole(self) -> Any:
         """How many weights each leaf holds."""
         if self.sizes is None:
@@ -165,9 +175,7 @@ class _Leaves:
                 part * jnp.broadcast_to(jnp.asarray(size).astype(part.dtype), part.shape)
                 for part, size in zip(parts, self.sizes, strict=True)
             ]
-        sums = [_counting.totals(part, tuple(range(1, part.ndim))).reshape(1, -1) for part in parts]
-        joint = jnp.concatenate([x.astype(jnp.float32) for x in sums], 1)
-        return lax.optimization_barrier(joint)  # or a sum of it goes over the weights once more
+        return _counting.totals_of(parts)
 
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
         """How many weights each of two cuts keeps."""
@@ -177,7 +185,7 @@ class _Leaves:
                 _count_at(part, cuts, place, step, grain=grain)
                 for part, place in zip(self.parts, self.firsts, strict=True)
             ]
-            counts = _counting.counts(_counting.joined(found))
+            counts = _counting.counts(lax.optimization_barrier(_counting.joined(found)))
             return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
         weighed = [
             _weigh_at(part, cuts, place, step, size, grain=grain)
@@ -202,6 +210,10 @@ class _Slices:
 
     def __init__(self, leaf: jax.Array, axes: tuple[int, ...]):
         self.leaves, self.axes, self.keys = (leaf,), axes, Keys.of((leaf,))
+
+    def zeros(self) -> Any:
+        shape = (1 if axis in self.axes else n for axis, n in enumerate(self.leaves[0].shape))
+        return jnp.zeros((2, *shape), jnp.uint32)
 
     def whole(self) -> Any:
         return np.uint32(math.prod(self.leaves[0].shape[axis] for axis in self.axes))
@@ -273,7 +285,7 @@ def _search(
     state = _start(problem, want, shared)
     looking, spent = jnp.zeros((), bool), None
     if shared is not None:
-        looking, spent = state.step == 0, shared.spent(state.kept)
+        looking, spent = state.step == 0, shared.at_first(state.kept)
         _, everything = halves(spent)
 
     def unfinished(carry):
@@ -290,8 +302,9 @@ def _search(
             ranked = jax.tree.map(partial(_loops.where, looking), pooled, ranked)
         guesses = guess(problem.keys, state, ranked)
         counts = lax.optimization_barrier(problem.tally(guesses, state.step))
-        over = lax.optimization_barrier(counts >= state.want)
+        over = counts >= state.want
         if shared is None:
+            over = lax.optimization_barrier(over)
             return narrow(state, guesses, over, counts, ranked.span), looking, spent
         now = lax.optimization_barrier(shared.spent(counts))
         beyond = lax.optimization_barrier(_exact.less(shared.budget, now))
@@ -309,33 +322,33 @@ def _search(
 
 def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
     """The widest bracket: nothing kept at its low end, everything at its high end."""
-    keys, whole = problem.keys, problem.whole()
-    shape = np.shape(whole) if want is None else want.shape
-    zeros = jnp.zeros((2, *shape[1:]), jnp.uint32)
-    nothing = zeros.astype(keys.dtype)
+    keys, whole, zeros = problem.keys, problem.whole(), problem.zeros()
     given = [x for x in (want, *(shared.budget if shared else ())) if x is not None]
     if any(map(_placement.typed_by_mesh, (*problem.leaves, *given))):
         # Counts of an empty cut are zero, and of the type that a loop requires of its carry.
+        nothing = jnp.asarray(zeros, keys.dtype)
         zeros = problem.tally(Cut(nothing, nothing), jnp.int32(0))
         zeros = sum((x * np.uint32(0) for x in given), zeros)
-        nothing = zeros.astype(keys.dtype)
     zero = zeros[:1]
-    size = zero + jnp.asarray(whole, jnp.uint32)
-    total, weights = problem.totals(), size.astype(jnp.float32)
+    size = zero + whole
+    total, weights = problem.totals(), (size | np.uint32(1)).astype(np.float32)
     if shared is not None:
         costs = np.array([shared.costs], np.float32)
-        total, weights = (jnp.sum(x * costs, keepdims=True) for x in (total, weights))
-    deviation = np.float32(np.sqrt(np.pi / 2)) * total / jnp.maximum(weights, 1.0)
+        priced = total if np.all(costs == 1) else total * costs
+        total, weights = _loops.total(priced), (weights * costs).sum(keepdims=True)
+    deviation = np.float32(np.sqrt(np.pi / 2)) * total / weights
     deviation = _loops.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
-    unit, none = _counting.order(deviation, keys.dtype, keys.grain), zero.astype(jnp.float32)
+    unit = _counting.order(deviation, keys.dtype, keys.grain)
+    ends = _loops.where(second(zeros), keys.number(keys.end), zeros.astype(keys.dtype))
+    kept = _loops.where(second(zeros), size, zeros)
     return Brackets(
-        ends=Cut(_loops.where(second(zeros), keys.number(keys.end), nothing), nothing),
-        kept=_loops.where(second(zeros), size, zeros),
+        ends=Cut(ends, kept.astype(keys.dtype)),
+        kept=kept,
         size=size,
-        want=zero + (np.uint32(_UNKNOWN) if want is None else want),
-        span=none + jnp.inf,
-        unit=none + (keys.number(keys.zero) - unit).astype(jnp.float32),
-        step=jnp.sum(zero, dtype=jnp.uint32).astype(jnp.int32),
+        want=size if want is None else zero + want,
+        span=size.astype(np.float32),
+        unit=(keys.number(keys.zero) - unit).astype(jnp.float32),
+        step=zero.sum(dtype=np.uint32).astype(np.int32),
     )
 
 
@@ -343,16 +356,18 @@ def _share_out(
     found: jax.Array, keys: Keys, state: Brackets, least: _exact.Wide, shared: _Shared
 ) -> Brackets:
     """Where one key for all leaves is found, the count of each, and its bracket from there on."""
-    (_, high), (below, above) = map(halves, (state.ends.key, state.kept))
+    below, above = halves(state.kept)
     base = jnp.maximum(below, np.array([shared.floors], np.uint32))
     room = jnp.maximum(above, base) - base
-    want = base + _spend(_exact.subtract(shared.budget, least), room, shared)
-    want = lax.optimization_barrier(want)  # or it is found three times over
-    inside, last = want <= above, second(state.kept)
-    behind = _loops.where(last, keys.number(keys.end), high), _loops.where(last, state.size, above)
-    key, kept = map(partial(_loops.where, inside | ~found), (state.ends.key, state.kept), behind)
-    want = _loops.where(found, want, state.want)
-    return state._replace(want=want, ends=state.ends._replace(key=key), kept=kept)
+    bought = base + _spend(_exact.subtract(shared.budget, least), room, shared)
+    want = lax.optimization_barrier(_loops.where(found, bought, state.want))  # or it is found often
+    floored = second(state.kept) & found & (want > above)
+    key = _loops.where(floored, keys.number(keys.end), state.ends.key)
+    return state._replace(
+        ends=state.ends._replace(key=key),
+        kept=_loops.where(floored, state.size, state.kept),
+        want=want,
+    )
 
 
 def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
