@@ -78,7 +78,7 @@ def kept(key: jax.Array, index: jax.Array, cut: Cut) -> jax.Array:
     return key < cut.key + (index < cut.end).astype(key.dtype)
 
 
-@partial(jax.jit, static_argnames=("axes", "grain"))
+@partial(jax.jit, static_argnames=("axes", "grain"), inline=True)
 def views(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> list[jax.Array]:
@@ -102,36 +102,32 @@ def halves(pair: PyTree) -> tuple[PyTree, PyTree]:
     return first, second
 
 
-def count(leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int) -> Sums:
-    """How many entries two cuts keep along ``axes``, which stay with size 1."""
+def by_backend(f: Callable[..., PyTree], *args: Any) -> PyTree:
+    """``f(on_cpu, *args)``, decided when the program is lowered."""
+    return lax.platform_dependent(*args, cpu=partial(f, True), default=partial(f, False))
 
-    def alone(leaf, cuts, step):
+
+def count(
+    on_cpu: bool, leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+) -> Sums:
+    """How many entries two cuts keep along ``axes``, which stay with size 1."""
+    if not on_cpu:
         first, second = views(leaf, cuts, step, axes, grain)
         return count_bits(first, second, axes)
-
-    def by_bytes(leaf, cuts, step):
-        if few(leaf):  # one sum over both, and half the code
-            return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
-        read = partial(count_bytes, axes=axes)
-        return _where_tied(read, leaf, cuts, step, axes, grain)
-
-    return lax.platform_dependent(leaf, cuts, step, cpu=by_bytes, default=alone)
+    if few(leaf):  # one sum over both, and half the code
+        return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
+    return _where_tied(partial(count_bytes, axes=axes), leaf, cuts, step, axes, grain)
 
 
 def keep(
-    leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+    on_cpu: bool, leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> jax.Array:
     """What two equal cuts keep; of few entries by the code that counted them."""
-
-    def alone(leaf, cuts, step):
+    if not on_cpu:
         return views(leaf, cuts, step, axes, grain)[0]
-
-    def by_bytes(leaf, cuts, step):
-        if few(leaf):
-            return _bytes(leaf, cuts, step, axes, grain)[0] > 0
-        return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
-
-    return lax.platform_dependent(leaf, cuts, step, cpu=by_bytes, default=alone)
+    if few(leaf):
+        return _bytes(leaf, cuts, step, axes, grain)[0] > 0
+    return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
 
 
 def _where_tied(
@@ -175,7 +171,7 @@ def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> S
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
-@partial(jax.jit, static_argnames=("axes", "grain"))
+@partial(jax.jit, static_argnames=("axes", "grain"), inline=True)
 def _bytes(
     leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
 ) -> jax.Array:
@@ -185,7 +181,7 @@ def _bytes(
     return lax.optimization_barrier(kept(key, index, cuts).astype(jnp.int8))
 
 
-@partial(jax.jit, static_argnames=("dtype", "axes", "grain"))
+@partial(jax.jit, static_argnames=("dtype", "axes", "grain"), inline=True)
 def _places(
     leaf: jax.Array, step: jax.Array, *, dtype: Any, axes: tuple[int, ...], grain: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -304,9 +300,10 @@ def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def totals_of(parts: Sequence[jax.Array]) -> jax.Array:
     """The same of every leaf of several parts: float32 ``[1, leaves]``."""
-    whole = [(part[0], 0) if len(part) == 1 else (part, 1) for part in parts]  # or a reshape differs
-    sums = [totals(x, tuple(range(first, x.ndim))).reshape(1, -1) for x, first in whole]
-    sums = lax.optimization_barrier([x.astype(jnp.float32) for x in sums])  # or 
+    # One leaf alone without its axis: a reshape would keep the compiler from seeing equal sums.
+    pairs = [(part[0], 0) if len(part) == 1 else (part, 1) for part in parts]
+    sums = [totals(x, tuple(range(first, x.ndim))).reshape(1, -1) for x, first in pairs]
+    sums = lax.optimization_barrier([x.astype(jnp.float32) for x in sums])  # joined as they are
     joint = jnp.concatenate(sums, 1)
     return lax.optimization_barrier(joint)  # or a sum of it goes over the weights once more
 

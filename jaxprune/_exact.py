@@ -5,7 +5,6 @@ it, which is less code to compile. Nothing is ever rounded or lost, and weights 
 counted to the weight whether x64 is on or not.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,12 +31,14 @@ class Wide(NamedTuple):
 
 
 def up_to(bound: int, number: Wide) -> Wide:
-    """A number that is no larger than ``bound``, in one word if that fits."""
-    return Wide(None, number.low) if bound >> 32 == 0 else number
+    """A number that is no larger than ``bound``: in one word if that fits, else in two."""
+    if bound >> 32 == 0:
+        return Wide(None, number.low)
+    return from_uint32(number.low) if number.high is None else number
 
 
-def constant(value: int | Sequence[int]) -> Wide:
-    """A Python integer, or a vector of them."""
+def constant(value: Any) -> Wide:
+    """A Python integer, or an array of them as nested lists."""
     values = np.array(value, dtype=object)
     high, low = (np.array(part, np.uint32) for part in (values >> 32, values & 0xFFFFFFFF))
     return Wide(jnp.asarray(high), jnp.asarray(low))
@@ -127,8 +128,8 @@ def before(number: Wide | jax.Array, rank: np.ndarray, bound: int = LARGEST) -> 
         digits = jnp.concatenate([words & _LOW, words >> 16]).astype(jnp.int32)
         earlier = (rank[:, None] < rank).astype(np.float32)
         sums = jnp.matmul(digits.astype(jnp.float32), earlier, precision=lax.Precision.HIGHEST)
-        low, high = jnp.split(sums.astype(jnp.int32).astype(jnp.uint32), 2)
-        return Wide(None, low + (high << 16))
+        lower, upper = jnp.split(sums.astype(jnp.int32).astype(jnp.uint32), 2)
+        return Wide(None, lower + (upper << 16))
     if isinstance(number, Wide):
         low, high = before(number.low, rank), before(number.high, rank)
         return add(low, Wide(high.low, jnp.zeros_like(high.low)))
@@ -171,18 +172,22 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     The fraction is first rounded to float32; what follows is integer arithmetic, so the result is
     the same under jit and eager, and the nearest integer to the last unit.
     """
-    number = constant(n) if isinstance(n, int) else n
     bits = lax.clamp(np.float32(0), jnp.asarray(fraction, jnp.float32), np.float32(1))
     bits = lax.bitcast_convert_type(bits, jnp.uint32)
     mantissa = _loops.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
-    # The product has three words, 87 bits; half of it is to be kept past a shift of 22 or more, and
-    # nothing is left past one of 95.
+    # Of the product half is to be kept past a shift of 22 or more.
+    shift = np.uint32(149) - (bits >> 23)
+    if isinstance(n, int) and n >> 32 == 0:
+        product = multiply(mantissa, jnp.asarray(np.uint32(n)))  # of 56 bits
+        shifts = (jnp.minimum(shift + np.uint32(i), np.uint32(63)) for i in range(2))
+        doubled, whole = (_shifted(product, shift) for shift in shifts)
+        return Wide(None, whole + (doubled & np.uint32(1)))
+    number = constant(n) if isinstance(n, int) else n
+    # It has three words, 87 bits, and nothing is left past a shift of 95.
     low = multiply(mantissa, number.low)
-    upper = from_uint32(low.high)
-    if not isinstance(n, int) or n >> 32:
-        upper = add(upper, multiply(mantissa, number.high))
+    upper = add(from_uint32(low.high), multiply(mantissa, number.high))
     words = [low.low, upper.low, upper.high, *[jnp.zeros_like(low.low)] * 2]
-    shift = jnp.minimum(np.uint32(149) - (bits >> 23), np.uint32(95))
+    shift = jnp.minimum(shift, np.uint32(95))
     words = [
         _loops.where(shift < 32, words[i], _loops.where(shift < 64, words[i + 1], words[i + 2]))
         for i in range(3)
@@ -191,3 +196,10 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     halves = Wide(*((words[i] >> rest) | ((words[i + 1] << 1) << (31 - rest)) for i in (1, 0)))
     rounded = Wide(halves.high >> 1, (halves.low >> 1) | (halves.high << 31))
     return add(rounded, from_uint32(halves.low & 1))
+
+
+def _shifted(number: Wide, shift: jax.Array) -> jax.Array:
+    """The low word of a number shifted by up to 63 bits."""
+    rest = shift & np.uint32(31)
+    near = (number.low >> rest) | ((number.high << 1) << (31 - rest))
+    return _loops.where(shift < 32, near, number.high >> rest)

@@ -13,7 +13,7 @@ _ROW = 32
 _LINE = 64  # Entries of the last axis that stay together.
 
 
-def where(condition: Any, a: Any, b: Any) -> jax.Array:
+def where(condition: Any, a: Any, b: Any) -> Any:
     """``jnp.where``, which is a call: to inline one takes the compiler longer than a selection.
 
     Of what is known before compiling it is NumPy's.

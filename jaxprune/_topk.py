@@ -84,7 +84,7 @@ def top_shared(
     pairs = zip(costs, leaves, strict=True)
     bound = _exact.LARGEST if sizes else sum(cost * leaf.size for cost, leaf in pairs)
     shared = _Shared(
-        _exact.up_to(bound, _exact.subtract(budget, _exact.constant(least))),
+        _exact.subtract(_exact.up_to(bound, budget), _exact.up_to(bound, _exact.constant(least))),
         bound=bound,
         costs=tuple(costs[i] for i in problem.order),
         floors=tuple(floors[i] for i in problem.order),
@@ -181,27 +181,33 @@ class _Leaves:
         """How many weights each of two cuts keeps."""
         grain, sizes = self.keys.grain, self.sizes
         if sizes is None or not any(np.ndim(size) for size in sizes):
-            found = [
-                _count_at(part, cuts, place, step, grain=grain)
-                for part, place in zip(self.parts, self.firsts, strict=True)
-            ]
+
+            def count(on_cpu, parts, cuts, step):
+                pairs = zip(parts, self.firsts, strict=True)
+                return [_count_at(part, cuts, i, step, on_cpu, grain) for part, i in pairs]
+
+            found = _counting.by_backend(count, self.parts, cuts, step)
             counts = _counting.counts(lax.optimization_barrier(_counting.joined(found)))
             return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
         weighed = [
-            _weigh_at(part, cuts, place, step, size, grain=grain)
+            _weigh_at(part, cuts, place, step, size, grain)
             for part, place, size in zip(self.parts, self.firsts, sizes, strict=True)
         ]
         return jnp.concatenate(weighed, 1)
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the guesses of a finished search keep, leaf by leaf."""
-        cuts, masks = state.answer(), {}
-        most = max(map(len, self.members))
+
+        def keep(on_cpu, parts, cuts, step):
+            pairs = zip(parts, self.firsts, strict=True)
+            return [_mask_at(part, cuts, i, step, on_cpu, self.keys.grain) for part, i in pairs]
+
+        masks, most = {}, max(map(len, self.members))
         places = lax.optimization_barrier([np.uint32(place) for place in range(most)])
-        for part, first, members in zip(self.parts, self.firsts, self.members, strict=True):
-            kept = _mask_at(part, cuts, first, state.step, grain=self.keys.grain)
+        kept = _counting.by_backend(keep, self.parts, state.answer(), state.step)
+        for part, members in zip(kept, self.members, strict=True):
             for place, i in zip(places, members, strict=False):
-                masks[i] = _counting.pick(kept, place, 1)[0]
+                masks[i] = _counting.pick(part, place, 1)[0]
         return [masks[i] for i in range(len(self.leaves))]
 
 
@@ -222,38 +228,37 @@ class _Slices:
         return _counting.totals(self.leaves[0], self.axes).astype(jnp.float32)[None]
 
     def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
-        found = _counting.count(self.leaves[0], cuts, step, self.axes, self.keys.grain)
-        return _counting.counts(found)
+        count = partial(_counting.count, axes=self.axes, grain=self.keys.grain)
+        return _counting.counts(_counting.by_backend(count, self.leaves[0], cuts, step))
 
     def masks(self, state: Brackets) -> list[jax.Array]:
-        (leaf,) = self.leaves
-        cuts, grain = state.answer(), self.keys.grain
-        return [_counting.keep(leaf, cuts, state.step, self.axes, grain)]
+        keep = partial(_counting.keep, axes=self.axes, grain=self.keys.grain)
+        return [_counting.by_backend(keep, self.leaves[0], state.answer(), state.step)]
 
 
-@partial(jax.jit, static_argnames="grain")
-def _count_at(part, cuts, first, step, *, grain) -> _counting.Sums:
+@partial(jax.jit, static_argnames=("on_cpu", "grain"))
+def _count_at(part, cuts, first, step, on_cpu, grain) -> _counting.Sums:
     """What entries ``first`` and following of two cuts keep of a part.
 
     ``first`` is a value to the compiler, so that parts of one shape share their code.
     """
     axes = tuple(range(1, part.ndim))
-    sums = _counting.count(part, _entries(cuts, first, part), step, axes, grain)
+    sums = _counting.count(on_cpu, part, _entries(cuts, first, part), step, axes, grain)
     return jax.tree.map(lambda x: x.reshape(2, len(part)), sums)
 
 
 @partial(jax.jit, static_argnames="grain")
-def _weigh_at(part, cuts, first, step, size, *, grain) -> jax.Array:
+def _weigh_at(part, cuts, first, step, size, grain) -> jax.Array:
     """The same in weights, of a part of units that hold ``size`` of them."""
     axes = tuple(range(1, part.ndim))
     views = _counting.views(part, _entries(cuts, first, part), step, axes, grain)
     return jnp.stack([_weighed(view, size, axes) for view in views])
 
 
-@partial(jax.jit, static_argnames="grain")
-def _mask_at(part, cuts, first, step, *, grain) -> jax.Array:
+@partial(jax.jit, static_argnames=("on_cpu", "grain"))
+def _mask_at(part, cuts, first, step, on_cpu, grain) -> jax.Array:
     axes = tuple(range(1, part.ndim))
-    kept = _counting.keep(part, _entries(cuts, first, part), step, axes, grain)
+    kept = _counting.keep(on_cpu, part, _entries(cuts, first, part), step, axes, grain)
     alone = len(part) == 1 or _counting.few(part)
     return kept if alone else lax.optimization_barrier(kept)
 

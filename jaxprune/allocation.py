@@ -277,10 +277,13 @@ def _unflatten(scores: Scores, values: Sequence[Any]) -> PyTree:
 
 @partial(jax.jit, static_argnames=("everything", "least"))
 def _budget(sparsity: Any, everything: int, least: int) -> _exact.Wide:
-    kept = _exact.subtract(_exact.constant(everything), _exact.round_product(sparsity, everything))
+    removed = _exact.round_product(sparsity, everything)
+    kept = _exact.subtract(_exact.up_to(everything, _exact.constant(everything)), removed)
+    kept = _exact.maximum(kept, _exact.up_to(everything, _exact.constant(least)))
+    if kept.high is None:
+        return lax.optimization_barrier(kept)
     # Of two words in one array the compiler makes one kernel, of two arrays two, both with it all.
-    words = jnp.stack(_exact.maximum(kept, _exact.constant(least)))
-    return _exact.Wide(*lax.optimization_barrier(words))
+    return _exact.Wide(*lax.optimization_barrier(jnp.stack(kept)))
 
 
 def _split(leaves, sparsity, weights, min_keep) -> jax.Array:
@@ -311,7 +314,6 @@ def _webster(
     bit, as the largest that do not overspend.
     """
     weights, everything = jnp.asarray(weights)[None], sum(caps)
-    budget = _exact.up_to(everything, budget)
     cap, floor = (np.array([bound], np.uint32) for bound in (caps, floors))
 
     def seats(words):

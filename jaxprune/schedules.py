@@ -1,7 +1,9 @@
 """Sparsity over time, and when to act on it."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
 from jaxprune import _checks
 from jaxprune._typing import Trigger
@@ -74,7 +76,8 @@ def every(n: int, *, begin: int = 0, end: int | None = None) -> Trigger:
         raise ValueError(f"every: end {end} comes before begin {begin}")
 
     def trigger(step):
-        fires = (step >= begin) & (jnp.asarray(step - begin) % n == 0)
+        since = jnp.asarray(step - begin)
+        fires = (since >= 0) & (lax.rem(since, np.asarray(n, since.dtype)) == 0)
         return fires if end is None else (fires & (step <= end)) | (step == end)
 
     return trigger
