@@ -19,7 +19,7 @@ LARGEST = 2**63 - 1
 """What a number may be where it is to be multiplied by a fraction."""
 
 _LOW = np.uint32(0xFFFF)
-_FEW = 256  # numbers of which every one is compared with every other
+_FEW = 256  # numbers whose digits of 16 bits add up to floats that are exact
 _SHIFTS = (0, 16, 8, 24)  # of digits; in order they would be computed, by code of their own
 
 
@@ -124,7 +124,6 @@ def before(number: Wide | jax.Array, rank: np.ndarray, bound: int = LARGEST) -> 
         words = _low(number)
         if len(rank) > _FEW:
             return up_to(bound, before(words, rank))
-        # Two digits of 16 bits, of so few numbers, add up to floats that are exact.
         digits = jnp.concatenate([words & _LOW, words >> 16]).astype(jnp.int32)
         earlier = (rank[:, None] < rank).astype(np.float32)
         sums = jnp.matmul(digits.astype(jnp.float32), earlier, precision=lax.Precision.HIGHEST)

@@ -116,6 +116,11 @@ class _Shared(NamedTuple):
     floors: tuple[int, ...]
     rank: tuple[int, ...]
 
+    @property
+    def plain(self) -> bool:
+        """Whether every weight costs one."""
+        return all(cost == 1 for cost in self.costs)
+
     def at_first(self, kept: Any) -> _exact.Wide:
         """What nothing and everything cost: ``kept``, which the compiler may know."""
         if isinstance(kept, np.ndarray):
@@ -130,8 +135,7 @@ class _Shared(NamedTuple):
             for values in (self.floors, self.costs)
         )
         beyond = jnp.maximum(kept, floors) - floors
-        plain = all(cost == 1 for cost in self.costs)
-        cost = beyond if plain else _exact.multiply(beyond, costs)
+        cost = beyond if self.plain else _exact.multiply(beyond, costs)
         return _exact.total(cost, self.bound)
 
 
@@ -339,7 +343,7 @@ def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared |
     total, weights = problem.totals(), (size | np.uint32(1)).astype(np.float32)
     if shared is not None:
         costs = np.array([shared.costs], np.float32)
-        priced = total if np.all(costs == 1) else total * costs
+        priced = total if shared.plain else total * costs
         total, weights = _loops.total(priced), (weights * costs).sum(keepdims=True)
     deviation = np.float32(np.sqrt(np.pi / 2)) * total / weights
     deviation = _loops.where((deviation > 0) & (deviation < jnp.inf), deviation, 1.0)
@@ -378,11 +382,10 @@ def _share_out(
 def _spend(rest: _exact.Wide, room: jax.Array, shared: _Shared) -> jax.Array:
     """How many of the ``room[i]`` tied weights of each leaf the rest pays for, in leaf order."""
     prices = jnp.asarray(np.array([shared.costs], np.uint32))
-    plain = all(cost == 1 for cost in shared.costs)
-    worth = room if plain else _exact.multiply(room, prices)
+    worth = room if shared.plain else _exact.multiply(room, prices)
     before = _exact.before(worth, np.array(shared.rank), shared.bound)
     left = _exact.subtract(_exact.maximum(rest, before), before)
-    if plain:
+    if shared.plain:
         affordable = jnp.minimum(left.low, room)
         return affordable if left.high is None else _loops.where(left.high > 0, room, affordable)
 

@@ -77,7 +77,7 @@ def every(n: int, *, begin: int = 0, end: int | None = None) -> Trigger:
 
     def trigger(step):
         since = jnp.asarray(step - begin)
-        fires = (since >= 0) & (lax.rem(since, np.asarray(n, since.dtype)) == 0)
+        fires = (step >= begin) & (lax.rem(since, np.asarray(n, since.dtype)) == 0)
         return fires if end is None else (fires & (step <= end)) | (step == end)
 
     return trigger
