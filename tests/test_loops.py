@@ -195,3 +195,10 @@ def test_mixed_precision():
         masters, state = step(masters, state)
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), masters)
     sparse(jp.select(half), jp.get_masks(state, half))
+
+
+def test_triggers_fire_at_steps_of_any_type():
+    trigger = jp.every(10, begin=5, end=27)
+    for dtype in (jnp.int32, jnp.uint32, jnp.uint8, jnp.float32):
+        fired = jax.vmap(trigger)(jnp.arange(32).astype(dtype))
+        assert np.flatnonzero(fired).tolist() == [5, 15, 25, 27]
