@@ -11,6 +11,8 @@ from jax import lax
 _PARTS = 16
 _ROW = 32
 _LINE = 64  # Entries of the last axis that stay together.
+SHARDS = 64
+"""As many shards of an axis hold whole lines where so many lines are left."""
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
@@ -52,27 +54,40 @@ def grid(x: jax.Array) -> jax.Array:
 
 
 def fold(
-    combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, axes: tuple[int, ...]
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    axes: tuple[int, ...],
+    *,
+    most: int = 1 << 31,
+    least: int = 1,
 ) -> jax.Array:
     """Combine entries along ``axes`` in a fixed order until few are left; other axes stay.
 
     A reduction over the last axis, or a strided one, runs an entry at a time; combining strips of
     the array runs over contiguous memory, many entries at once. Lines that lie together are
     combined, so that a sharded axis keeps its shards, and the result does not depend on them.
+
+    Args:
+      combine: two arrays to one.
+      x: what to fold.
+      axes: along which.
+      most: how many entries become one.
+      least: how many lines of an axis stay; ``SHARDS`` of them where shards are not to mix.
     """
     while True:
-        inner = [a for a in axes if a != x.ndim - 1 and x.shape[a] > 1]
-        if inner:
-            axis, minor = max(inner, key=lambda a: x.shape[a]), 1
-        elif x.ndim - 1 in axes and x.shape[-1] > _LINE and x.shape[-1] % _LINE == 0:
-            axis, minor = x.ndim - 1, _LINE
-        else:
+        minors = {a: _LINE if a == x.ndim - 1 else 1 for a in axes}
+        lengths = {a: x.shape[a] // n for a, n in minors.items() if x.shape[a] % n == 0}
+        choices = {
+            a: next((p for p in range(min(_PARTS, n // least, most), 1, -1) if n % p == 0), 1)
+            for a, n in lengths.items()
+        }
+        choices = {a: parts for a, parts in choices.items() if parts > 1}
+        if not choices:
             return x
-        length = x.shape[axis] // minor
-        parts = next(p for p in range(min(_PARTS, length), 0, -1) if length % p == 0)
-        if parts == 1:
-            return x
-        split = x.reshape(*x.shape[:axis], length // parts, parts, minor, *x.shape[axis + 1 :])
+        axis = max(choices, key=lambda a: (a != x.ndim - 1, x.shape[a]))
+        parts, minor = choices[axis], minors[axis]
+        most //= parts
+        split = x.reshape(*x.shape[:axis], -1, parts, minor, *x.shape[axis + 1 :])
         strips = [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(parts)]
         while len(strips) > 1:
             pairs = zip(strips[::2], strips[1::2], strict=False)

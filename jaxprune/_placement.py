@@ -52,15 +52,17 @@ def placed_like(x: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def call_in_auto(
-    f: Callable[..., jax.Array], leaf: jax.Array, *rest: Any, small: bool = False
+    f: Callable[..., jax.Array], leaf: Any, *rest: Any, small: bool = False
 ) -> jax.Array:
     """``f(leaf, *rest)`` with all mesh axes Auto while it runs; ``small`` results are everywhere.
 
-    A result that is not ``small`` is shaped, and sharded, like ``leaf``.
+    A result that is not ``small`` is shaped, and sharded, like ``leaf``, else a tree of leaves will
+    do.
     """
-    if not explicitly_sharded(leaf):
+    sharded = next(filter(explicitly_sharded, jax.tree.leaves(leaf)), None)
+    if sharded is None:
         return f(leaf, *rest)
-    sharding = jax.typeof(leaf).sharding
+    sharding = jax.typeof(sharded).sharding
     if small:
         sharding = sharding.update(spec=jax.sharding.PartitionSpec())
     return jax.sharding.auto_axes(f, out_sharding=sharding)(leaf, *rest)

@@ -21,6 +21,16 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     Reference: Demmel, Nguyen. Parallel Reproducible Summation, 2015.
     """
     x = _tree.widen(x)
+    finite = jnp.isfinite(x)
+    rest = jnp.where(finite, x, jnp.zeros((), x.dtype))
+    largest = exponent(rest, tuple(range(x.ndim))).reshape(())
+    total = sum_of_digits(times_power(rest, -largest), axes)
+    infinite = jnp.sum(jnp.where(finite, jnp.zeros((), x.dtype), x), axes, keepdims=True)
+    return times_power(total, largest) + infinite
+
+
+def sum_of_digits(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The same of numbers of sizes below one; a positive number more never makes it less."""
     whole: Any = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     terms = math.prod(x.shape[axis] for axis in axes)
     carries = max(0, terms - 1).bit_length()
@@ -29,39 +39,29 @@ def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         whole, digit = x.dtype, jnp.finfo(x.dtype).nmant - carries
     if digit < 2:
         raise ValueError(f"a slice of shape {x.shape} along axes {axes} has too many weights")
-    finite = jnp.isfinite(x)
-    rest = jnp.where(finite, x, jnp.zeros((), x.dtype))
-    exponent = _exponent(rest)
-    rest = _times_power(rest, -exponent)
     sums = []
     for _ in range(max(2, -(-_WANTED_BITS[x.dtype] // digit))):
-        rest = rest * np.asarray(2.0**digit, x.dtype)
-        digits = jnp.trunc(rest)
-        rest = rest - digits
+        x = x * np.asarray(2.0**digit, x.dtype)
+        digits = jnp.trunc(x)
+        x = x - digits
         sums.append(jnp.sum(digits.astype(whole), axes, dtype=whole, keepdims=True))
     total = jnp.zeros((), x.dtype)
     for place in reversed(range(len(sums))):
         unit = np.asarray(2.0 ** -(digit * (place + 1)), x.dtype)
         total = total + sums[place].astype(x.dtype) * unit
-    infinite = jnp.sum(jnp.where(finite, jnp.zeros((), x.dtype), x), axes, keepdims=True)
-    return _times_power(total, exponent) + infinite
+    return total
 
 
-def scaled(x: jax.Array) -> jax.Array:
-    """Finite numbers times the power of two that brings the largest size below 1, at least 1/2."""
-    return _times_power(x, -_exponent(x))
-
-
-def _exponent(x: jax.Array) -> jax.Array:
-    """Of the power of two just above the largest size.
+def exponent(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Of the power of two just above the largest size along ``axes``, which stay with size 1.
 
     Folded first, since a reduction to the largest runs an entry at a time.
     """
-    sizes = _loops.fold(jnp.maximum, jnp.abs(x), tuple(range(x.ndim)))
-    return jnp.frexp(jnp.max(sizes))[1]
+    sizes = _loops.fold(jnp.maximum, jnp.abs(x), axes, least=_loops.SHARDS)
+    return jnp.frexp(jnp.max(sizes, axes, keepdims=True))[1]
 
 
-def _times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
+def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """x 2^exponent in two steps, since one power of two may be out of range where x is not."""
     bits, mantissa, bias = (64, 52, 1023) if x.dtype == jnp.float64 else (32, 23, 127)
     half = exponent // 2

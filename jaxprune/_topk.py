@@ -38,7 +38,7 @@ def top(
     """
     if not leaves:
         return []
-    problem = _Leaves(leaves, kinds=kinds)
+    problem = Leaves(leaves, kinds=kinds)
     want = jnp.asarray(keep, jnp.int32).astype(jnp.uint32)
     return problem.masks(_search(problem, want[None, problem.order]))
 
@@ -79,7 +79,7 @@ def top_shared(
     """
     if not leaves:
         return [], []
-    problem = _Leaves(leaves, sizes, kinds)
+    problem = Leaves(leaves, sizes, kinds)
     least = sum(cost * floor for cost, floor in zip(costs, floors, strict=True))
     pairs = zip(costs, leaves, strict=True)
     bound = _exact.LARGEST if sizes else sum(cost * leaf.size for cost, leaf in pairs)
@@ -99,7 +99,7 @@ def top_shared(
 @jax.jit
 def top_units(units: jax.Array, sizes: jax.Array, keep: jax.Array) -> jax.Array:
     """Mask of the longest ranked prefix of units whose sizes, together, do not exceed ``keep``."""
-    problem = _Leaves((units,), (sizes,))
+    problem = Leaves((units,), (sizes,))
     (mask,) = problem.masks(_search(problem, keep.astype(jnp.uint32)[None, None]))
     return lax.optimization_barrier(mask)  # or every weight of a unit finds out again
 
@@ -139,7 +139,7 @@ class _Shared(NamedTuple):
         return _exact.total(cost, self.bound)
 
 
-class _Leaves:
+class Leaves:
     """One cut for each leaf; the last axis of state arrays has an entry for each, part by part.
 
     A part is one leaf, or small leaves of one kind and type stacked: the compiler takes as long for
@@ -247,7 +247,7 @@ def _count_at(part, cuts, first, step, on_cpu, grain) -> _counting.Sums:
     ``first`` is a value to the compiler, so that parts of one shape share their code.
     """
     axes = tuple(range(1, part.ndim))
-    sums = _counting.count(on_cpu, part, _entries(cuts, first, part), step, axes, grain)
+    sums = _counting.count(on_cpu, part, entries(cuts, first, part), step, axes, grain)
     return jax.tree.map(lambda x: x.reshape(2, len(part)), sums)
 
 
@@ -255,19 +255,19 @@ def _count_at(part, cuts, first, step, on_cpu, grain) -> _counting.Sums:
 def _weigh_at(part, cuts, first, step, size, grain) -> jax.Array:
     """The same in weights, of a part of units that hold ``size`` of them."""
     axes = tuple(range(1, part.ndim))
-    views = _counting.views(part, _entries(cuts, first, part), step, axes, grain)
+    views = _counting.views(part, entries(cuts, first, part), step, axes, grain)
     return jnp.stack([_weighed(view, size, axes) for view in views])
 
 
 @partial(jax.jit, static_argnames=("on_cpu", "grain"))
 def _mask_at(part, cuts, first, step, on_cpu, grain) -> jax.Array:
     axes = tuple(range(1, part.ndim))
-    kept = _counting.keep(on_cpu, part, _entries(cuts, first, part), step, axes, grain)
+    kept = _counting.keep(on_cpu, part, entries(cuts, first, part), step, axes, grain)
     alone = len(part) == 1 or _counting.few(part)
     return kept if alone else lax.optimization_barrier(kept)
 
 
-def _entries(cuts: Cut, first: jax.Array, part: jax.Array) -> Cut:
+def entries(cuts: Cut, first: jax.Array, part: jax.Array) -> Cut:
     shape = (2, len(part), *[1] * (part.ndim - 1))
     picked = _counting.pick(cuts, lax.optimization_barrier(first), len(part), axis=1)
     return jax.tree.map(lambda x: x.reshape(shape), picked)
@@ -280,7 +280,7 @@ def _weighed(view: jax.Array, size: Any, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _search(
-    problem: _Leaves | _Slices,
+    problem: Leaves | _Slices,
     want: jax.Array | None,
     shared: _Shared | None = None,
     *,
@@ -329,7 +329,7 @@ def _search(
     return lax.while_loop(unfinished, narrower, (state, looking, spent))[0]
 
 
-def _start(problem: _Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
+def _start(problem: Leaves | _Slices, want: jax.Array | None, shared: _Shared | None) -> Brackets:
     """The widest bracket: nothing kept at its low end, everything at its high end."""
     keys, whole, zeros = problem.keys, problem.whole(), problem.zeros()
     given = [x for x in (want, *(shared.budget if shared else ())) if x is not None]

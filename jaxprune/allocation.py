@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _exact, _loops, _placement, _sums, _topk, _tree
+from jaxprune import _checks, _exact, _lamp, _loops, _placement, _topk, _tree
 from jaxprune._typing import Counts, PyTree, Scores
 
 
@@ -150,8 +150,15 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
     Reference:
       Lee, Park, Mo, Ahn, Shin. Layer-adaptive sparsity for the Magnitude-based Pruning, 2021.
     """
-    shares = _tree.map_governed(lambda s: _placement.call_in_auto(_lamp, s), scores)
-    return allocate_global(shares, sparsity, min_keep=min_keep)
+    leaves = _governed(scores, sparsity, min_keep)
+    if not leaves:
+        return scores
+    sizes = [leaf.size for leaf in leaves]
+    floors = tuple(min(min_keep, size) for size in sizes)
+    budget = _budget(sparsity, sum(sizes), sum(floors))
+    find = partial(_lamp.layer_adaptive, floors=floors, kinds=_tree.kinds(scores))
+    kept = _placement.call_in_auto(find, leaves, budget, small=True)
+    return _unflatten(scores, list(kept))
 
 
 def allocate_owl(
@@ -383,16 +390,3 @@ def _per_cost(leaf: jax.Array, cost: float) -> jax.Array:
     wide = _tree.widen(leaf)
     # A constant divisor would be turned into a factor, which rounds differently.
     return wide / lax.optimization_barrier(jnp.asarray(cost, wide.dtype))
-
-
-@jax.jit
-def _lamp(leaf: jax.Array) -> jax.Array:
-    """The LAMP score of every weight, in descending order, which is all that counts need."""
-    wide = jnp.sort(jnp.maximum(_tree.widen(leaf), 0), axis=None, descending=True)
-    infinite = jnp.isinf(wide)
-    # Relative to the largest, so that squares neither overflow nor vanish.
-    scaled = _sums.scaled(jnp.where(infinite, 0, wide))
-    energy = jnp.square(scaled)
-    share = jnp.where(energy > 0, energy / jnp.cumsum(energy), energy)
-    share = jnp.where(jnp.any(infinite), 0, share)
-    return jnp.where(infinite, 1, share).astype(wide.dtype).reshape(leaf.shape)

@@ -1,5 +1,6 @@
 """Counts against exact rational arithmetic and the papers' rules."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -173,6 +174,55 @@ def test_costs_divide_alike_under_jit_and_as_numpy_does():
 
     for sparsity in (0.02, 0.06, 0.14, 0.3):
         assert counts(jax.jit(by_cost)(scores, sparsity)) == counts(by_cost(scores, sparsity))
+
+
+LAMP_SCORES = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "heavy": lambda rng, n: np.exp(4 * rng.normal(size=n)),
+    "grid": lambda rng, n: rng.integers(-1, 4, size=n) / 2,
+    "equal": lambda rng, n: np.full(n, 0.3),
+    "zero": lambda rng, n: np.zeros(n),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lamp_drops_no_larger_share_than_it_keeps(dtype):
+    """Whatever the scores: the total is exact, and the shares in float64 are in order."""
+    rng = np.random.default_rng(0)
+    sizes = (700, 64, 500, 300)
+    allocate = jax.jit(lambda scores, sparsity: jp.allocate_lamp(scores, sparsity, min_keep=2))
+    for kinds in itertools.product(LAMP_SCORES, repeat=2):
+        drawn = zip(sizes, kinds * 2, (1.0, 1e6, 1e-6, 3.0), strict=True)
+        leaves = [jnp.asarray(LAMP_SCORES[kind](rng, n) * scale, dtype) for n, kind, scale in drawn]
+        for sparsity in (0.0, 0.3, 0.77, 0.98, 1.0):
+            found = counts(allocate({str(i): leaf for i, leaf in enumerate(leaves)}, sparsity))
+            assert sum(found) == max(budget(sparsity, sum(sizes)), 8)
+            kept, dropped = [], []
+            for leaf, count in zip(leaves, found, strict=True):
+                score = np.sort(np.maximum(np.asarray(leaf, float), 0))[::-1]
+                energy = np.square(score)
+                share = energy / np.maximum(np.cumsum(energy), 1e-300)
+                kept.append(min(share[2:count], default=np.inf))
+                dropped.append(max(share[count:], default=0))
+            assert max(dropped) <= min(kept) * (1 + 1e-5), (kinds, sparsity, found)
+
+
+def test_lamp_breaks_ties_by_leaf_and_wants_nan_last():
+    same = jnp.array([2.0, 2.0, 0.0, 0.0])
+    keep = jp.allocate_lamp({"a": same, "b": same, "c": same}, 5 / 12, min_keep=0)
+    assert counts(keep) == [3, 2, 2]
+    nan = jnp.array([jnp.nan, 1.0, -1.0, jnp.nan])
+    assert counts(jp.allocate_lamp({"a": nan, "b": same}, 2 / 8, min_keep=0)) == [2, 4]
+    assert counts(jp.allocate_lamp({"a": nan, "b": same}, 1 / 8, min_keep=0)) == [3, 4]
+
+
+def test_lamp_for_seeds_in_parallel():
+    rng = np.random.default_rng(0)
+    scores = {str(i): jnp.asarray(rng.random((5, 40, i + 3)), jnp.float32) for i in range(3)}
+    found = jax.vmap(lambda s: jp.allocate_lamp(s, 0.7))(scores)
+    for seed in range(5):
+        one = jp.allocate_lamp(jax.tree.map(lambda s, i=seed: s[i], scores), 0.7)
+        assert counts(jax.tree.map(lambda k, i=seed: k[i], found)) == counts(one)
 
 
 def test_lamp_whatever_the_scale():

@@ -102,6 +102,9 @@ TRANSFORMS = {
     "gradual_global": lambda: jp.prune_gradually(
         optax.adam(1e-2), 0.8, when=jp.every(1), allocate=jp.allocate_global
     ),
+    "gradual_lamp": lambda: jp.prune_gradually(
+        optax.adam(1e-2), 0.8, when=jp.every(1), allocate=jp.allocate_lamp
+    ),
     "gradual_packed": lambda: jp.prune_gradually(
         optax.adam(1e-2), 0.8, when=jp.every(1), packed=True
     ),

@@ -196,6 +196,6 @@ def test_few_passes_find_the_cut(kind, most):
     """A search that crawls is right in the end, and useless."""
     leaf = jnp.abs(scores((64, 512), jnp.float32, kind, 1))
     for keep in (1, 300, leaf.size // 2, leaf.size - 1):
-        problem = _topk._Leaves((leaf,))
+        problem = _topk.Leaves((leaf,))
         found = _topk._search(problem, jnp.array([[keep]], jnp.uint32))
         assert int(found.step) <= most
