@@ -72,6 +72,12 @@ def measure(power, repeats, *, sort):
     return result | ({"argsort / ours": sorting} if sort else {})
 
 
+def exponent(results, name):
+    """Of the power of n that fits the times best."""
+    points = [(np.log(r["scores"]), np.log(r["ms"][name])) for r in results]
+    return float(np.polyfit(*zip(*points, strict=True), 1)[0])
+
+
 def draw(results, path):
     figure, axis = plt.subplots(figsize=(7, 5))
     styles = {"argsort": "#b0413e", "np.partition": "#888888", "ours": "#1f6fb4"}
@@ -94,11 +100,7 @@ def main(argv=None):
     repeats = 5 if args.quick else 15
     results = [measure(p, repeats, sort=p <= 24) for p in powers]
     fitted = [r for r in results if args.quick or r["scores"] >= 2**22]
-    exponent = float(
-        np.polyfit(
-            np.log([r["scores"] for r in fitted]), np.log([r["ms"]["ours"] for r in fitted]), 1
-        )[0]
-    )
+    growth = {name: exponent(fitted, name) for name in ("ours", "np.partition", "one compare")}
     head = ["scores", "one compare", "np.partition", "argsort", "ours", "/ partition", "memory"]
     rows = [
         [
@@ -116,8 +118,8 @@ def main(argv=None):
     for r in results:
         if "argsort / ours" in r:
             print(f"{r['scores']:,}: {r['argsort / ours']:.0f} times faster than argsort")
-    print(f"time grows as n^{exponent:.2f}")
-    _timing.save("selection", {"results": results, "exponent": exponent}, args.out)
+    print("time grows as " + ", ".join(f"n^{value:.2f} ({name})" for name, value in growth.items()))
+    _timing.save("selection", {"results": results, "growth": growth}, args.out)
     draw(results, args.out / "selection.png")
 
 

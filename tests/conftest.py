@@ -21,7 +21,20 @@ def strict_dtypes(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="every method with every optimizer")
+    parser.addoption("--full", action="store_true", help="every row of every sweep")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a sweep that takes minutes the usual rows: those that ``usual`` names a part of."""
+    if config.getoption("full"):
+        return
+
+    def runs(item):
+        usual = item.get_closest_marker("usual")
+        return usual is None or any(row in item.callspec.id for row in usual.args)
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = filter(runs, items)
 
 
 def pytest_generate_tests(metafunc):

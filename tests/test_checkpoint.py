@@ -55,6 +55,7 @@ def restore(folder, like):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:orbax", "ignore::DeprecationWarning:orbax")
+@pytest.mark.usual("rigl", "straight_through")
 @pytest.mark.parametrize("method", METHODS)
 def test_continues_in_a_new_process(method, tmp_path):
     tx, p = METHODS[method](), params()

@@ -14,6 +14,7 @@ from cases import (
     METHODS,
     REGROWING,
     SIZE,
+    USUAL,
     dead_are_zero,
     loss,
     params,
@@ -45,6 +46,7 @@ def test_dtypes_are_preserved_and_zeros_exact(method, dtype):
     dead_are_zero(p, jp.get_masks(state, p))
 
 
+@pytest.mark.usual(*USUAL)
 @pytest.mark.parametrize("method", METHODS)
 def test_jit_equals_eager(method):
     tx, _, path = trained(method)
@@ -56,6 +58,7 @@ def test_jit_equals_eager(method):
         chex.assert_trees_all_equal(jp.get_masks(state, p), jp.get_masks(path[t][1], p))
 
 
+@pytest.mark.usual(*USUAL)
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_equals_loop(method):
     tx, _, path = trained(method)
@@ -72,6 +75,7 @@ def test_scan_equals_loop(method):
     assert densities.shape == (12,)
 
 
+@pytest.mark.usual(*USUAL)
 @pytest.mark.parametrize("method", METHODS)
 def test_vmap_over_seeds(method):
     tx, step, _ = trained(method)

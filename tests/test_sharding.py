@@ -124,6 +124,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.usual("Auto", "gradual", "rigl")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("method", TRANSFORMS)
 def test_training_keeps_shardings_and_sends_little(method, kind):

@@ -331,6 +331,7 @@ def on_one_device(maker):
     return values, jax.jit(MAKERS[maker])(values)
 
 
+@pytest.mark.usual("Auto", "heads", "n_m_columns", "rules")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_shard_boundaries_inside_units_change_nothing(maker, kind):
