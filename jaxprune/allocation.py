@@ -128,7 +128,8 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
 
     .. math:: \operatorname{lamp}(u) = s_u^2 \,/ \sum_{v:\, s_v \ge s_u} s_v^2
 
-    with the sum over the leaf of u; equal scores are ranked by index, the earlier as the larger.
+    with the sum over the leaf of u; equal scores are ranked by index, the earlier as the larger,
+    and equal shares by leaf. Cuts of all leaves are found by counting, in some tens of passes.
 
     Args:
       scores: a tree of floating arrays, ``None`` where not governed; below zero counts as zero.

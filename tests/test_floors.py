@@ -19,6 +19,7 @@ FLOORS = {
     "_sums": 0,
     "_exact": 0,
     "_topk": 0,
+    "_lamp": 0,
     "_jaxpr": 0,
     "_atoms": 0,
     "_couple_moves": 0,

@@ -74,6 +74,7 @@ def on_one_device(maker):
     return jax.jit(MAKERS[maker])(jax.tree.map(jnp.asarray, tree()))
 
 
+@pytest.mark.usual("Auto", "global", "lamp", "slices")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_masks_equal_one_device(maker, kind):

@@ -69,7 +69,7 @@ def close(ours, theirs, scale=None):
 
 @pytest.mark.usual(
     *("mlp", "densenet", "decoder", "experts", "grouped", "haiku", "lstm", "nnx attention"),
-    *("resnet", "stacked", "tied", "unet"),
+    *("resnet", "tied", "unet"),
 )
 @pytest.mark.parametrize("name", CASES)
 def test_shrunk_is_masked(name):

@@ -154,7 +154,7 @@ def best_prefix(units, keep):
     return kept
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.data())
 def test_groups_by_loop(data):
     shape = data.draw(st.sampled_from([(6, 8), (3, 4, 6), (2, 3, 2, 4)]))
@@ -184,7 +184,7 @@ def test_groups_by_loop(data):
 
 
 @pytest.mark.parametrize("score", ["mean", "sum", "max"])
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_blocks_by_loop(score, data):
     shape = data.draw(st.sampled_from([(5, 7), (4, 6), (2, 5, 3), (3, 2, 4, 5)]))
@@ -331,7 +331,7 @@ def on_one_device(maker):
     return values, jax.jit(MAKERS[maker])(values)
 
 
-@pytest.mark.usual("Auto", "heads", "n_m_columns", "rules")
+@pytest.mark.usual("gradual", "heads", "n_m_columns", "n_m_rows", "ragged", "rules")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("maker", MAKERS)
 def test_shard_boundaries_inside_units_change_nothing(maker, kind):
