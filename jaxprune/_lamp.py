@@ -347,7 +347,8 @@ class _Lamp:
 def _measure(part: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The power of two above the finite scores of each leaf, and whether any is infinite."""
     axes = tuple(range(1, part.ndim))
-    return _sums.exponent(_finite(part), axes), jnp.max(part, axes, keepdims=True) == jnp.inf
+    endless = jnp.any(part == jnp.inf, axes, keepdims=True)  # a maximum would be NaN where any is
+    return _sums.exponent(_finite(part), axes), endless
 
 
 @partial(jax.jit, static_argnames="grain")

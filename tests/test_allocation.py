@@ -211,6 +211,16 @@ def test_lamp_breaks_ties_by_leaf_and_wants_nan_last():
     same = jnp.array([2.0, 2.0, 0.0, 0.0])
     keep = jp.allocate_lamp({"a": same, "b": same, "c": same}, 5 / 12, min_keep=0)
     assert counts(keep) == [3, 2, 2]
+    inf, none = jnp.inf, jnp.nan
+    for leaves, sparsity, want in (
+        ([[inf, none], [none, inf]], 1 / 4, [2, 1]),
+        ([[inf, inf, none, inf], [none, inf]], 1 / 6, [4, 1]),
+        ([[none, none, 3e38, inf], [none, none]], 2 / 3, [2, 0]),
+        ([[inf, none, -1.0], [-1.0, -1.0, none]], 1 / 2, [2, 1]),
+        ([[inf, 3e38, 3e38], [inf, 3e38, none]], 1 / 2, [2, 1]),
+    ):
+        scores = {str(i): jnp.array(leaf) for i, leaf in enumerate(leaves)}
+        assert counts(jp.allocate_lamp(scores, sparsity, min_keep=0)) == want
     nan = jnp.array([jnp.nan, 1.0, -1.0, jnp.nan])
     assert counts(jp.allocate_lamp({"a": nan, "b": same}, 2 / 8, min_keep=0)) == [2, 4]
     assert counts(jp.allocate_lamp({"a": nan, "b": same}, 1 / 8, min_keep=0)) == [3, 4]
