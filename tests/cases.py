@@ -1,6 +1,7 @@
 """The tables that every law sweeps: a new method or optimizer inherits all tests with one row."""
 
 from functools import cache, partial
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -107,12 +108,13 @@ REFUSED = [(method, "schedule_free") for method in LATENT]
 
 
 def pairs(full):
-    """Which (method, optimizer) the laws sweep: all of them, or each once and some with more."""
+    """Which (method, optimizer) the laws sweep: all, or each optimizer once and some with more."""
     if full:
         return [(m, o) for m in METHODS for o in OPTIMIZERS if (m, o) not in REFUSED]
-    chosen = {m: [REQUIRED[i % len(REQUIRED)]] for i, m in enumerate(METHODS)}
-    chosen |= {"prune_gradually": OPTIMIZERS, "rigl": REQUIRED}
-    return [(m, o) for m, optimizers in chosen.items() for o in optimizers]
+    usual = [(m, o) for m in ("prune_gradually", "rigl") for o in REQUIRED]
+    once = [pair for pair in zip(cycle(METHODS), OPTIMIZERS, strict=False) if pair not in REFUSED]
+    left = [o for o in OPTIMIZERS if o not in (pair[1] for pair in once)]
+    return list(dict.fromkeys([*usual, *once, *(("prune_gradually", o) for o in left)]))
 
 
 SALIENCIES = {
