@@ -146,7 +146,7 @@ class _Lamp:
         def pair(few, many):
             many = jnp.asarray(many)
             rows = (jnp.broadcast_to(x, zero.shape).astype(many.dtype) for x in (few, many))
-            return jnp.concatenate(list(rows)) + jnp.tile(zero.astype(many.dtype), (2, 1))
+            return jnp.concatenate(list(rows)) + _twice(zero.astype(many.dtype))
 
         nothing = keys.number(0)
         cut = Cut(pair(nothing, keys.number(keys.end)), pair(nothing, nothing))
@@ -192,8 +192,8 @@ class _Lamp:
         last cuts up to there. Both are found bit by bit.
         """
         size, spots = 8 * self.keys.dtype.itemsize, self.places.size.bit_length()
-        late_bits = [*(1 << i for i in reversed(range(size))), *[0] * spots]
-        spot_bits = [*[0] * size, *(1 << i for i in reversed(range(spots)))]
+        late_bits = np.concatenate([_bits(size, self.keys.dtype), np.zeros(spots, self.keys.dtype)])
+        spot_bits = np.concatenate([np.zeros(size, np.uint32), _bits(spots, np.uint32)])
 
         def fits(late, spot):
             upto = _upto(points.late, self.places, late[0], spot[0])
@@ -209,9 +209,8 @@ class _Lamp:
             trial = jax.tree.map(operator.or_, carry, bits)
             return jax.tree.map(partial(_loops.where, fits(*trial)), trial, carry), None
 
-        bits = np.array(late_bits, self.keys.dtype), np.array(spot_bits, np.uint32)
         zero = points.late[:2, 0] * self.keys.number(0)
-        (late, spot), _ = lax.scan(try_bit, (zero, zero.astype(jnp.uint32)), bits)
+        (late, spot), _ = lax.scan(try_bit, (zero, zero.astype(jnp.uint32)), (late_bits, spot_bits))
         return (late[0], spot[0]), (late[1], spot[1])
 
     def tally(self, cuts: Cut, step: jax.Array) -> _Points:
@@ -223,7 +222,7 @@ class _Lamp:
         energy = lax.optimization_barrier(energy)
         last = cuts.key - (cuts.end == keys.number(0)).astype(keys.dtype)
         own = self.energy(last)
-        some = (own > 0) & ~jnp.tile(self.endless, (2, 1))
+        some = (own > 0) & ~_twice(self.endless)
         share = _loops.where(some, own / _loops.where(some, energy, 1.0), 0.0)
         share = _loops.where(last == keys.number(0), 1.0, share)  # of infinity
         late = self.two - lax.bitcast_convert_type(share, keys.dtype)
@@ -291,7 +290,7 @@ class _Lamp:
             _loops.where(sure, extent * np.float32(1 / n), x) for x, n in ((place, 2), (margin, 6))
         )
         both = jnp.concatenate([place - margin, place + margin])
-        both = jnp.minimum(jnp.maximum(both, 0.0), jnp.tile(extent, (2, 1)) * np.float32(1 - 2e-6))
+        both = jnp.minimum(jnp.maximum(both, 0.0), _twice(extent) * np.float32(1 - 2e-6))
         least = jnp.minimum(width, one)
         most = jnp.maximum(width - least, least)
         both = jnp.minimum(jnp.maximum(both.astype(width.dtype), _twice(least)), _twice(most))
@@ -318,8 +317,7 @@ class _Lamp:
             short = _loops.total(self.model(late | bit, early, latest).part * span) < gain
             return _loops.where(short, late | bit, late), None
 
-        size = 8 * keys.dtype.itemsize
-        bits = np.array([1 << i for i in reversed(range(size))], keys.dtype)
+        bits = _bits(8 * keys.dtype.itemsize, keys.dtype)
         late, _ = lax.scan(try_bit, state.first * keys.number(0), bits)
         late = jnp.minimum(jnp.maximum(late, state.first), state.last)
         model = self.model(late, early, latest)
@@ -374,6 +372,11 @@ def _finite(x: jax.Array) -> jax.Array:
     """Scores, wide, with zero for negative and infinite ones and NaN."""
     wide = _tree.widen(x)
     return _loops.where((wide > 0) & (wide < jnp.inf), wide, 0.0)
+
+
+def _bits(count: int, dtype: Any) -> np.ndarray:
+    """So many powers of two, the largest first."""
+    return np.array([1 << i for i in reversed(range(count))], dtype)
 
 
 def _upto(late: jax.Array, places: Any, last: jax.Array, place: jax.Array) -> jax.Array:

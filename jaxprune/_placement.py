@@ -56,8 +56,8 @@ def call_in_auto(
 ) -> jax.Array:
     """``f(leaf, *rest)`` with all mesh axes Auto while it runs; ``small`` results are everywhere.
 
-    A result that is not ``small`` is shaped, and sharded, like ``leaf``, else a tree of leaves will
-    do.
+    A result that is not ``small`` is shaped, and sharded, like ``leaf``. For one that is, ``leaf``
+    may be a tree of leaves on one mesh.
     """
     sharded = next(filter(explicitly_sharded, jax.tree.leaves(leaf)), None)
     if sharded is None:

@@ -154,9 +154,7 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
     leaves = _governed(scores, sparsity, min_keep)
     if not leaves:
         return scores
-    sizes = [leaf.size for leaf in leaves]
-    floors = tuple(min(min_keep, size) for size in sizes)
-    budget = _budget(sparsity, sum(sizes), sum(floors))
+    _, floors, budget = _bounds(leaves, sparsity, min_keep)
     find = partial(_lamp.layer_adaptive, floors=floors, kinds=_tree.kinds(scores))
     kept = _placement.call_in_auto(find, leaves, budget, small=True)
     return _unflatten(scores, list(kept))
@@ -294,13 +292,20 @@ def _budget(sparsity: Any, everything: int, least: int) -> _exact.Wide:
     return _exact.Wide(*lax.optimization_barrier(jnp.stack(kept)))
 
 
+def _bounds(
+    leaves: Sequence[jax.Array], sparsity: Any, min_keep: int
+) -> tuple[tuple[int, ...], tuple[int, ...], _exact.Wide]:
+    """What leaves keep at most and at least, and what they keep together."""
+    caps = tuple(leaf.size for leaf in leaves)
+    floors = tuple(min(min_keep, cap) for cap in caps)
+    return caps, floors, _budget(sparsity, sum(caps), sum(floors))
+
+
 def _split(leaves, sparsity, weights, min_keep) -> jax.Array:
     """How many weights each leaf keeps, by their ``weights``: int32, one for each leaf."""
     if not leaves:
         return jnp.zeros((0,), jnp.int32)
-    caps = tuple(leaf.size for leaf in leaves)
-    floors = tuple(min(min_keep, cap) for cap in caps)
-    budget = _budget(sparsity, sum(caps), sum(floors))
+    caps, floors, budget = _bounds(leaves, sparsity, min_keep)
     if not isinstance(weights, jax.Array):
         weights = np.array(weights, np.uint32)
     return _webster(budget, weights, caps=caps, floors=floors)

@@ -49,7 +49,7 @@ def seats(total, weights, caps, floors):
 
 
 @pytest.mark.parametrize("rule", ["uniform", "erk"])
-@settings(max_examples=8)  # every shape compiles
+@settings(max_examples=12)  # every shape compiles
 @given(shapes=SHAPES, sparsity=SPARSITIES, min_keep=st.integers(0, 3))
 def test_totals_are_split_by_webster(rule, shapes, sparsity, min_keep):
     caps = [math.prod(shape) for shape in shapes]
@@ -82,7 +82,7 @@ def test_erk_makes_dense_what_would_pass_density_one():
         np.testing.assert_allclose(found, want, atol=1.0)
 
 
-@settings(max_examples=8)  # every shape compiles
+@settings(max_examples=12)  # every shape compiles
 @given(shapes=SHAPES, sparsity=SPARSITIES, min_keep=st.integers(0, 3), seed=st.integers(0, 99))
 def test_global_takes_the_best_of_all(shapes, sparsity, min_keep, seed):
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,26 +31,24 @@ def test_quickstart(tmp_path):
 
 
 def test_gradient_threshold():
-    out = example(
-        "gradient_threshold", "--epochs", 6, "--threshold", 0.3, "--patience", 2, "--seed", 0
-    )
+    out = example("gradient_threshold", "--epochs", 6, "--threshold", 0.3, "--patience", 2)
     assert "masks unchanged for 2 epochs" in out
 
 
 def test_lottery_ticket():
-    out = example("lottery_ticket", "--rounds", 2, "--epochs", 2, "--seed", 1)
+    out = example("lottery_ticket", "--rounds", 2, "--epochs", 2)
     assert "40.00%" in out
 
 
 def test_shrink_cnn(tmp_path):
-    out = example("shrink_cnn", "--epochs", 1, "--flops", 0.5, "--seed", 1, "--out", tmp_path)
+    out = example("shrink_cnn", "--epochs", 1, "--flops", 0.5, "--out", tmp_path)
     assert "Conv_0/kernel:3" in out
     assert "shrunk" in out
     assert (tmp_path / "shrink_cnn.png").stat().st_size > 10_000
 
 
 def test_per_layer_rules():
-    out = example("per_layer_rules", "--steps", 30, "--seed", 0)
+    out = example("per_layer_rules", "--steps", 30)
     assert "most nonzero weights of any 4 in block_1: 2" in out
     assert "of 4" in next(line for line in out.splitlines() if line.startswith("heads left"))
 
@@ -90,3 +89,23 @@ def test_minilm_tells_sentences_apart(monkeypatch):
     np.testing.assert_allclose(minilm.embed(params, [padded]), found, atol=1e-5)
     alike = found @ found.T
     assert alike[0, 1] > 0.5 > 0.2 > max(alike[0, 2], alike[1, 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart",
+        "gradient_threshold",
+        "lottery_ticket",
+        "per_layer_rules",
+        "prune_gru",
+        "shrink_cnn",
+    ],
+)
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    path = str(ROOT / "examples" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(path, run_name="__main__")
+    assert "--seed" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import stepper
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune as jp
@@ -63,7 +63,6 @@ def loop(scores, budget, costs):
     return masks
 
 
-@settings(max_examples=12)
 @given(
     st.integers(0, 10**6), st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0]), st.booleans()
 )

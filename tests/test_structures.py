@@ -154,7 +154,7 @@ def best_prefix(units, keep):
     return kept
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(st.data())
 def test_groups_by_loop(data):
     shape = data.draw(st.sampled_from([(6, 8), (3, 4, 6), (2, 3, 2, 4)]))
@@ -184,7 +184,7 @@ def test_groups_by_loop(data):
 
 
 @pytest.mark.parametrize("score", ["mean", "sum", "max"])
-@settings(max_examples=6)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_blocks_by_loop(score, data):
     shape = data.draw(st.sampled_from([(5, 7), (4, 6), (2, 5, 3), (3, 2, 4, 5)]))
