@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DENSITY = 0.1
-DRAWS = 3  # the number of passes depends on the scores
+DRAWS = 7  # the number of passes depends on the scores
 
 
 @partial(jax.jit, static_argnames="keep")
@@ -97,7 +97,7 @@ def main(argv=None):
     options = _timing.parser(__doc__)
     args = options.parse_args(argv)
     powers = (16, 18, 20) if args.quick else (18, 20, 22, 23, 24, 25, 26)
-    repeats = 5 if args.quick else 15
+    repeats = 5 if args.quick else 21
     results = [measure(p, repeats, sort=p <= 24) for p in powers]
     fitted = [r for r in results if args.quick or r["scores"] >= 2**22]
     growth = {name: exponent(fitted, name) for name in ("ours", "np.partition", "one compare")}

@@ -1,9 +1,9 @@
 """One counting pass: float bits as keys, and how many scores two cuts keep of a leaf.
 
-On a CPU what the cuts keep is written as a byte per weight, in large leaves half of it for each
-cut, and then summed as floats: a comparison fused into its own sum does not vectorise there, and a
-sum of integers is compiled anew for every leaf where one of floats is shared. Accelerators compare
-and sum in one go.
+On a CPU what the cuts keep is written as a byte per weight and then summed as floats: a comparison
+fused into its own sum does not vectorise there, and a sum of integers is compiled anew for every
+leaf where one of floats is shared. Of large leaves eight strips are compared and added in half a
+byte for each cut before anything is written. Accelerators compare and sum in one go.
 """
 
 import math
@@ -23,10 +23,10 @@ _EXACT = 1 << 24  # whole numbers up to here are floats
 _DIGIT = 256
 _STACKED = 1 << 17  # copying a larger leaf costs more than the code that it saves
 _STRIPS_FROM = 1 << 18  # in leaves as large a pass takes longer than adding lines first
-_STRIPS = 8  # lines added as half bytes
+_STRIPS = 8  # added as half bytes
 _HALF = 4  # bits
-_LINE = 512  # entries of the last axis that make a line
-_LONG = 512  # an axis with as many lines is cut into fewer shards, strips and all
+_LINE = 512  # entries of the last axis that stay together
+_STRIP = 8192  # entries in a row that a strip takes where it can: memory is read ahead in rows
 
 
 class Cut(NamedTuple):
@@ -162,10 +162,9 @@ def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Su
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views by way of half a byte per weight for each."""
     both = first.astype(jnp.uint8) | (second.astype(jnp.uint8) << np.uint8(_HALF))
-    both = lax.optimization_barrier(both)
     shape = [1 if a in axes else n for a, n in enumerate(both.shape)]
-    both, axes, axis = _lines(both, axes)
-    both, most = (both, 1) if axis is None else (_strips(both, axis), _STRIPS)
+    both, axes, most = _added(both, axes)
+    both = lax.optimization_barrier(both)
     found = both & np.uint8((1 << _HALF) - 1), both >> np.uint8(_HALF)
     sums = _joint(*(_sum(view, axes, most) for view in found))
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
@@ -208,20 +207,15 @@ def joined(sums: Sequence[Sums]) -> Sums:
     return Sums(low, jnp.concatenate(high, 1))
 
 
-def _lines(view: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...], int | None]:
-    """A view, perhaps with its last axis cut, the axes to sum over, and the one to add lines of."""
-    axis, last = strip_axis(view, axes), view.ndim - 1
-    if axis == last:
-        return view.reshape(*view.shape[:-1], -1, _LINE), (*axes, last + 1), axis
-    return view, axes, axis
-
-
-def _strips(view: jax.Array, axis: int) -> jax.Array:
-    shape = view.shape
-    split = (*shape[:axis], shape[axis] // _STRIPS, _STRIPS, *shape[axis + 1 :])
-    strips = view.reshape(split)
-    lines = [lax.index_in_dim(strips, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
-    return lax.optimization_barrier(reduce(jnp.add, lines))
+def _added(view: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...], int]:
+    """A view, of large ones the sums of its strips; the axes left, and how many entries are one."""
+    split = strips(view, axes)
+    if split is None:
+        return view, axes, 1
+    axis, sums, line = split
+    view = view.reshape(*view.shape[:axis], sums, _STRIPS, line, *view.shape[axis + 1 :])
+    lines = [lax.index_in_dim(view, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
+    return reduce(jnp.add, lines), (*(a + (a > axis) for a in axes), axis + 1), _STRIPS
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...], most: int = 1) -> tuple[jax.Array, jax.Array | None]:
@@ -248,17 +242,23 @@ def _joint(*sums: tuple[jax.Array, jax.Array | None]) -> Sums:
     return Sums(jnp.stack(low), None if high[0] is None else jnp.stack(high))
 
 
-def strip_axis(view: jax.Array, axes: tuple[int, ...]) -> int | None:
-    """An axis along which lines, contiguous in memory and of one device, can be added.
+def strips(view: jax.Array, axes: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """An axis to add strips along, how many sums that leaves, and a strip's length on the axis.
 
-    The last axis is cut into lines first.
+    Strips are contiguous in memory and of one device: as many sums are left as shards may be.
     """
     if _placement.explicitly_sharded(view) or few(view):
         return None
-    lines = [n // (_LINE if a == view.ndim - 1 else 1) for a, n in enumerate(view.shape)]
-    whole = view.shape[-1] % _LINE == 0
-    fit = [a for a in axes if lines[a] >= _LONG and lines[a] % _STRIPS == 0]
-    return next((a for a in fit if a < view.ndim - 1 or whole), None)
+    for axis in axes:
+        last = axis == view.ndim - 1
+        line, entries = (_LINE, 1) if last else (1, math.prod(view.shape[axis + 1 :]))
+        sums, rest = divmod(view.shape[axis], line * _STRIPS)
+        if rest or sums < _loops.SHARDS:
+            continue
+        while sums % (2 * _loops.SHARDS) == 0 and 2 * line * entries <= _STRIP:
+            sums, line = sums // 2, 2 * line
+        return axis, sums, line
+    return None
 
 
 def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> jax.Array:
@@ -292,9 +292,9 @@ def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sums of positive scores along ``axes``, roughly; NaN where any score is."""
     wide = jnp.float64 if part.dtype == jnp.float64 else jnp.float32
     shape = [1 if a in axes else n for a, n in enumerate(part.shape)]
-    positive, axes, axis = _lines(jnp.maximum(part, 0).astype(wide), axes)
-    if axis is not None:  # a sum alone would not be fused with what it sums
-        positive = _strips(positive, axis)
+    positive, axes, most = _added(jnp.maximum(part, 0).astype(wide), axes)
+    if most > 1:  # or the sums would not be fused with what they sum
+        positive = lax.optimization_barrier(positive)
     return jnp.sum(positive, axes).reshape(shape)
 
 
