@@ -73,8 +73,13 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
     return jnp.minimum(key, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
-def kept(key: jax.Array, index: jax.Array, cut: Cut) -> jax.Array:
-    """What a cut keeps of entries with these keys and places in their slices."""
+def kept(key: jax.Array, index: jax.Array | None, cut: Cut) -> jax.Array:
+    """What a cut keeps of entries with these keys and places in their slices.
+
+    Without places it is among no equal scores.
+    """
+    if index is None:
+        return key < cut.key
     return key < cut.key + (index < cut.end).astype(key.dtype)
 
 
@@ -116,7 +121,7 @@ def count(
         return count_bits(first, second, axes)
     if few(leaf):  # one sum over both, and half the code
         return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
-    return _where_tied(partial(count_bytes, axes=axes), leaf, cuts, step, axes, grain)
+    return _where_tied(partial(count_strips, axes=axes, grain=grain), leaf, cuts, step, axes)
 
 
 def keep(
@@ -127,29 +132,32 @@ def keep(
         return views(leaf, cuts, step, axes, grain)[0]
     if few(leaf):
         return _bytes(leaf, cuts, step, axes, grain)[0] > 0
-    return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
+
+    def first(leaf, index, cuts):
+        return kept(order(leaf, cuts.key.dtype, grain), index, cuts.both()[0])
+
+    return _where_tied(first, leaf, cuts, step, axes)
 
 
 def _where_tied(
-    read: Callable[[jax.Array, jax.Array], PyTree],
+    read: Callable[[jax.Array, jax.Array | None, Cut], PyTree],
     leaf: jax.Array,
     cuts: Cut,
     step: jax.Array,
     axes: tuple[int, ...],
-    grain: int,
 ) -> PyTree:
-    """``read`` the views of two cuts, without indices where no cut is among equal scores.
+    """``read`` a leaf, its indices and two cuts; no indices where no cut is among equal scores.
 
     Along an axis of millions a CPU takes longer to compare indices than for the rest of a pass.
     """
 
     def plain(leaf, cuts, step):
         leaf, _ = lax.optimization_barrier((leaf, step))
-        key = order(leaf, cuts.key.dtype, grain)
-        return read(*(key < cut.key for cut in cuts.both()))
+        return read(leaf, None, cuts)
 
     def tied(leaf, cuts, step):
-        return read(*views(leaf, cuts, step, axes, grain))
+        leaf, step = lax.optimization_barrier((leaf, step))
+        return read(leaf, indices(leaf.shape, axes, step).astype(cuts.key.dtype), cuts)
 
     return lax.cond(jnp.any(cuts.end > 0), tied, plain, leaf, cuts, step)
 
@@ -159,15 +167,29 @@ def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Su
     return _joint(_sum(first, axes), _sum(second, axes))
 
 
-def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
-    """Sum two views by way of half a byte per weight for each."""
-    both = first.astype(jnp.uint8) | (second.astype(jnp.uint8) << np.uint8(_HALF))
-    shape = [1 if a in axes else n for a, n in enumerate(both.shape)]
-    both, axes, most = _added(both, axes)
-    both = lax.optimization_barrier(both)
-    found = both & np.uint8((1 << _HALF) - 1), both >> np.uint8(_HALF)
-    sums = _joint(*(_sum(view, axes, most) for view in found))
-    return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
+def count_strips(
+    leaf: jax.Array, index: jax.Array | None, cuts: Cut, axes: tuple[int, ...], grain: int
+) -> Sums:
+    """Count by way of half a byte per weight for each cut, added strip to strip."""
+    whole = [1 if a in axes else n for a, n in enumerate(leaf.shape)]
+    split = strips(leaf, axes)
+    pieces = [(leaf, index)]
+    if split is not None:  # first cut, then compared: the other way a pass takes a seventh longer
+        places = [None] * _STRIPS if index is None else split.of(index)
+        pieces = list(zip(split.of(leaf), places, strict=True))
+        cuts = jax.tree.map(lambda x: jnp.expand_dims(x, split.axis + 2), cuts)
+        axes = split.axes(axes)
+
+    def both(pair):
+        piece, place = pair
+        key = order(piece, cuts.key.dtype, grain)
+        first, second = (kept(key, place, cut).astype(jnp.uint8) for cut in cuts.both())
+        return first | (second << np.uint8(_HALF))
+
+    added = lax.optimization_barrier(reduce(jnp.add, map(both, pieces)))
+    found = added & np.uint8((1 << _HALF) - 1), added >> np.uint8(_HALF)
+    sums = _joint(*(_sum(view, axes, len(pieces)) for view in found))
+    return jax.tree.map(lambda x: x.reshape(2, *whole), sums)
 
 
 @partial(jax.jit, static_argnames=("axes", "grain"), inline=True)
@@ -207,17 +229,6 @@ def joined(sums: Sequence[Sums]) -> Sums:
     return Sums(low, jnp.concatenate(high, 1))
 
 
-def _added(view: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...], int]:
-    """A view, of large ones the sums of its strips; the axes left, and how many entries are one."""
-    split = strips(view, axes)
-    if split is None:
-        return view, axes, 1
-    axis, sums, line = split
-    view = view.reshape(*view.shape[:axis], sums, _STRIPS, line, *view.shape[axis + 1 :])
-    lines = [lax.index_in_dim(view, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
-    return reduce(jnp.add, lines), (*(a + (a > axis) for a in axes), axis + 1), _STRIPS
-
-
 def _sum(x: jax.Array, axes: tuple[int, ...], most: int = 1) -> tuple[jax.Array, jax.Array | None]:
     """Of integers up to ``most`` in size: exact sums of floats as far as these are."""
     shape = x.shape
@@ -242,22 +253,40 @@ def _joint(*sums: tuple[jax.Array, jax.Array | None]) -> Sums:
     return Sums(jnp.stack(low), None if high[0] is None else jnp.stack(high))
 
 
-def strips(view: jax.Array, axes: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """An axis to add strips along, how many sums that leaves, and a strip's length on the axis.
+class Strips(NamedTuple):
+    """An axis cut so that strips can be added: how many sums that leaves, and a strip's length."""
+
+    axis: int
+    sums: int
+    line: int
+
+    def of(self, x: jax.Array) -> list[jax.Array]:
+        """The strips of an array, each with an axis more than it."""
+        axis, sums, line = self
+        split = x.reshape(*x.shape[:axis], sums, _STRIPS, line, *x.shape[axis + 1 :])
+        return [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
+
+    def axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Axes of a strip."""
+        return (*(a + (a > self.axis) for a in axes), self.axis + 1)
+
+
+def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
+    """How to add up a large leaf along one of the axes, if it can be cut.
 
     Strips are contiguous in memory and of one device: as many sums are left as shards may be.
     """
-    if _placement.explicitly_sharded(view) or few(view):
+    if _placement.explicitly_sharded(leaf) or few(leaf):
         return None
     for axis in axes:
-        last = axis == view.ndim - 1
-        line, entries = (_LINE, 1) if last else (1, math.prod(view.shape[axis + 1 :]))
-        sums, rest = divmod(view.shape[axis], line * _STRIPS)
+        last = axis == leaf.ndim - 1
+        line, entries = (_LINE, 1) if last else (1, math.prod(leaf.shape[axis + 1 :]))
+        sums, rest = divmod(leaf.shape[axis], line * _STRIPS)
         if rest or sums < _loops.SHARDS:
             continue
         while sums % (2 * _loops.SHARDS) == 0 and 2 * line * entries <= _STRIP:
             sums, line = sums // 2, 2 * line
-        return axis, sums, line
+        return Strips(axis, sums, line)
     return None
 
 
@@ -292,9 +321,10 @@ def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sums of positive scores along ``axes``, roughly; NaN where any score is."""
     wide = jnp.float64 if part.dtype == jnp.float64 else jnp.float32
     shape = [1 if a in axes else n for a, n in enumerate(part.shape)]
-    positive, axes, most = _added(jnp.maximum(part, 0).astype(wide), axes)
-    if most > 1:  # or the sums would not be fused with what they sum
-        positive = lax.optimization_barrier(positive)
+    positive, split = jnp.maximum(part, 0).astype(wide), strips(part, axes)
+    if split is not None:  # or the sums would not be fused with what they sum
+        positive = lax.optimization_barrier(reduce(jnp.add, split.of(positive)))
+        axes = split.axes(axes)
     return jnp.sum(positive, axes).reshape(shape)
 
 

@@ -1,5 +1,6 @@
 """Exact selection against a stable NumPy sort."""
 
+import math
 from functools import partial
 
 import jax
@@ -148,33 +149,63 @@ def test_units_of_several_weights_never_exceed(seed, keep):
     "shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (1024, 3), (2048, 7, 2), (2, 1032, 5)]
 )
 def test_every_way_of_counting_counts(shape):
-    """The variants that a CPU and an accelerator take, both run here."""
-    rng = np.random.default_rng(0)
-    scores = rng.random(shape)  # the second cut keeps all that the first keeps
-    views = [jnp.asarray(scores < share) for share in (0.3, 0.8)]
+    """The variants that a CPU and an accelerator take, all run here."""
+    leaf = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
     for axes in [tuple(range(len(shape))), (0,), (len(shape) - 1,)]:
-        want = [np.asarray(view).sum(axes, keepdims=True, dtype=np.uint32) for view in views]
-        for count in (_counting.count_bytes, _counting.count_bits):
-            np.testing.assert_array_equal(_counting.counts(count(*views, axes)), want)
+        want = [np.sum(np.asarray(leaf) > share, axes, keepdims=True) for share in (0.7, 0.2)]
+        cuts = cuts_above((0.7, 0.2), want[0].shape)
+        for sums in every_count(leaf, cuts, axes):
+            np.testing.assert_array_equal(_counting.counts(sums), want)
 
 
-def test_strips_of_large_leaves():
-    view = jnp.asarray(np.random.default_rng(0).random((2048, 2049)) < 0.5)
-    assert _counting.strips(view, (0, 1)) == (0, 128, 2)
-    assert _counting.strips(view.ravel(), (0,)) is None
-    line = view[:, :2048].ravel()
-    assert _counting.strips(line, (0,)) == (0, 64, 8192)
-    for part, axes in ((view, (0, 1)), (line, (0,))):
-        sums = jax.jit(partial(_counting.count_bytes, axes=axes))(part, jnp.ones_like(part))
-        assert _counting.counts(sums).ravel().tolist() == [int(np.sum(part)), part.size]
+def cuts_above(thresholds, shape):
+    keys = _counting.order(jnp.asarray(thresholds, jnp.float32), jnp.uint32)
+    keys = jnp.broadcast_to(keys.reshape(2, *[1] * len(shape)), (2, *shape))
+    return _counting.Cut(keys, jnp.zeros_like(keys))
+
+
+def every_count(leaf, cuts, axes):
+    """As an accelerator counts, as a CPU does, and by way of strips with and without indices."""
+    step = jnp.int32(0)
+    for on_cpu in (False, True):
+        yield jax.jit(partial(_counting.count, on_cpu, axes=axes, grain=0))(leaf, cuts, step)
+    strips = jax.jit(partial(_counting.count_strips, axes=axes, grain=0))
+    index = _counting.indices(leaf.shape, axes, step)
+    yield from (strips(leaf, place, cuts) for place in (None, index))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "split"),
+    [
+        ((2048, 2049), (0, 1), (0, 128, 2)),
+        ((2048, 2049), (1,), None),
+        ((2048 * 2049,), (0,), None),
+        ((1 << 22,), (0,), (0, 64, 8192)),
+        ((4, 1 << 20), (1,), (1, 64, 2048)),
+        ((3, 2048, 256), (0, 1), (1, 64, 4)),
+    ],
+)
+def test_strips_of_large_leaves(shape, axes, split):
+    """Ends among equal scores too, which are all: every strip knows its place."""
+    leaf = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), jnp.float32)
+    assert _counting.strips(leaf, axes) == split
+    slices = [1 if a in axes else n for a, n in enumerate(shape)]
+    apart = cuts_above((1, 0), slices)
+    ends = np.random.default_rng(1).integers(0, leaf.size // math.prod(slices), apart.end.shape)
+    index = np.asarray(_counting.indices(shape, axes, jnp.int32(0)))
+    for cuts in (apart, apart._replace(end=jnp.asarray(ends, jnp.uint32))):
+        pairs = zip((1, 0), np.asarray(cuts.end), strict=True)
+        kept = [(leaf > t) | ((leaf == t) & (index < end)) for t, end in pairs]
+        want = [np.sum(x, axes, keepdims=True) for x in kept]
+        sums = jax.jit(partial(_counting.count, True, axes=axes, grain=0))(leaf, cuts, jnp.int32(0))
+        np.testing.assert_array_equal(_counting.counts(sums), want)
 
 
 @pytest.mark.parametrize(("shape", "axes"), [((257, 2**17), (0, 1)), ((2**25,), (0,))])
 def test_counts_past_what_a_float_counts(shape, axes):
-    view = jnp.ones(shape, bool)
-    for count in (_counting.count_bytes, _counting.count_bits):
-        sums = jax.jit(partial(count, axes=axes))(view, view)
-        assert _counting.counts(sums).ravel().tolist() == [view.size, view.size]
+    leaf = jnp.ones(shape)
+    for sums in every_count(leaf, cuts_above((0.5, 0), (1,) * len(shape)), axes):
+        assert _counting.counts(sums).ravel().tolist() == [leaf.size, leaf.size]
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant"])
