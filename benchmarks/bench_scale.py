@@ -2,6 +2,7 @@
 
 import re
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,46 @@ def measure(layers, width, repeats):
     }
 
 
+def sorted_lamp(scores, sparsity):
+    """LAMP's counts as its authors' code finds them: sorts of every leaf, and of all shares."""
+
+    def shares(leaf):
+        energy = jnp.square(jnp.sort(leaf.ravel(), descending=True))
+        return energy / jnp.cumsum(energy)
+
+    ranked = [shares(leaf) for leaf in jax.tree.leaves(scores)]
+    every = jnp.concatenate(ranked)
+    least = jnp.sort(every)[round(sparsity * every.size)]
+    return [jnp.sum(share >= least) for share in ranked]
+
+
+def allocations(layers, width, repeats):
+    """The counts of a transformer's leaves, at 90 %."""
+    tree = jax.block_until_ready(jax.tree.map(jnp.abs, scores(layers, width)))
+    n = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    ways = {
+        "allocate_global": jp.allocate_global,
+        "allocate_lamp": jp.allocate_lamp,
+        "LAMP by sorting": sorted_lamp,
+    }
+    compiled, compile_s = {}, {}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        compiled[name] = jax.jit(partial(way, sparsity=0.9)).lower(tree).compile()
+        compile_s[name] = time.perf_counter() - start
+    calls = {name: partial(call, tree) for name, call in compiled.items()}
+    seconds = _timing.interleaved(calls, repeats, f"counts, {n / 1e6:.0f}M")
+    return {
+        name: {
+            "weights": n,
+            "s": float(np.median(seconds[name])),
+            "compile s": compile_s[name],
+            "extra bytes / scores": call.memory_analysis().temp_size_in_bytes / (4 * n),
+        }
+        for name, call in compiled.items()
+    }
+
+
 def sharded_wire(devices, layers, width):
     """What the compiled update sends on a mesh of ``devices``, by the width of the model."""
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
@@ -146,6 +187,20 @@ def main(argv=None):
     ]
     print(_timing.table([head, *rows]))
 
+    counted = [allocations(*size, 3) for size in sizes[:2]]
+    rows = [
+        [
+            f"{r['weights'] / 1e6:.1f}M",
+            name,
+            f"{r['s']:.3f} s",
+            f"{r['compile s']:.1f} s",
+            f"{r['extra bytes / scores']:.2f}",
+        ]
+        for found in counted
+        for name, r in found.items()
+    ]
+    print("\n" + _timing.table([["weights", "counts", "time", "compile", "memory"], *rows]))
+
     widths = (64, 128) if args.quick else (64, 128, 256)
     sent = [sharded_wire(d, 2, width) for d in (2, 8) for width in widths]
     head = ["devices", "weights", "collectives", "largest", "all together"]
@@ -160,10 +215,11 @@ def main(argv=None):
         for s in sent
     ]
     print("\n" + _timing.table([head, *rows]))
-    found = passes(1 << (18 if args.quick else 22))
-    rows = [[name, f"{np.mean(taken):.1f}", max(taken)] for name, taken in found.items()]
+    taken = passes(1 << (18 if args.quick else 22))
+    rows = [[name, f"{np.mean(steps):.1f}", max(steps)] for name, steps in taken.items()]
     print("\n" + _timing.table([["scores", "passes, mean", "most"], *rows]))
-    _timing.save("scale", {"update": results, "wire": sent, "passes": found}, args.out)
+    saved = {"update": results, "counts": counted, "wire": sent, "passes": taken}
+    _timing.save("scale", saved, args.out)
 
     figure, axis = plt.subplots(figsize=(7, 5))
     for name, style in (("np.partition", "s-"), ("ours", "o-"), ("one compare", "k--")):

@@ -176,11 +176,7 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     middle, apart = _loops.where(far, beyond, near), _loops.where(far, margin, out)
     up = last | (far & ~start & (ranks.below > 0))
     both = middle + _loops.where(up, apart, -apart)
-    extent = extent * np.float32(1 - 2.0**-20)
-    both = jnp.minimum(jnp.maximum(both, 0.0), extent).astype(width.dtype)
-    least = jnp.minimum(width, one)
-    both = jnp.minimum(jnp.maximum(both, least), jnp.maximum(width - least, least))
-    both = both + _loops.where(tied, first, low)
+    both = inside(both, width) + _loops.where(tied, first, low)
 
     holds = (low < zero) & (high > zero) & ~tied
     behind = (low == zero) & (width > one) & ~tied
@@ -189,8 +185,20 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     round_ = _loops.where(last, _roundest(low, high - one), low + one)
     both = _loops.where(still & ~(tied | far | behind | holds), round_, both)
     both = lax.optimization_barrier(both)
-    cuts = Cut(_loops.where(tied, low, both), _loops.where(tied, both, 0))
-    return lax.optimization_barrier(cuts)
+    return lax.optimization_barrier(cuts_at(both, tied, low))
+
+
+def inside(places: jax.Array, width: jax.Array) -> jax.Array:
+    """Places in brackets of so many, floats, as whole numbers between the ends."""
+    extent = width.astype(jnp.float32) * np.float32(1 - 2.0**-20)  # rounded, no more than width
+    places = jnp.minimum(jnp.maximum(places, 0.0), extent).astype(width.dtype)
+    least = jnp.minimum(width, np.ones((), width.dtype))
+    return jnp.minimum(jnp.maximum(places, least), jnp.maximum(width - least, least))
+
+
+def cuts_at(places: jax.Array, tied: jax.Array, key: jax.Array) -> Cut:
+    """Cuts at keys, or where all is tied at one at indices."""
+    return Cut(_loops.where(tied, key, places), _loops.where(tied, places, 0))
 
 
 def _between(

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _counting, _exact, _loops, _sums, _topk, _tree
+from jaxprune._brackets import cuts_at, inside
 from jaxprune._counting import Cut, halves
 
 _LINES = 256  # of energies are added as floats before digits are
@@ -289,15 +290,9 @@ class _Lamp:
         place, margin = (
             _loops.where(sure, extent * np.float32(1 / n), x) for x, n in ((place, 2), (margin, 6))
         )
-        both = jnp.concatenate([place - margin, place + margin])
-        both = jnp.minimum(jnp.maximum(both, 0.0), _twice(extent) * np.float32(1 - 2e-6))
-        least = jnp.minimum(width, one)
-        most = jnp.maximum(width - least, least)
-        both = jnp.minimum(jnp.maximum(both.astype(width.dtype), _twice(least)), _twice(most))
-        both = both + _twice(_loops.where(tied, first, low))
-        tied = _twice(tied)
-        cuts = Cut(_loops.where(tied, _twice(low), both), _loops.where(tied, both, 0))
-        return lax.optimization_barrier(cuts)
+        both = inside(jnp.concatenate([place - margin, place + margin]), width)
+        both = both + _loops.where(tied, first, low)
+        return lax.optimization_barrier(cuts_at(both, tied, low))
 
     def model(self, late: jax.Array, early: jax.Array, latest: jax.Array) -> _Model:
         """Of brackets between two latenesses."""

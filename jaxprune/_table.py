@@ -20,11 +20,12 @@ def text(rows: Rows, left: Container[int], feet: int = 1) -> str:
     return "\n".join([lines[0], rule, *lines[1:-feet], rule, *lines[-feet:]])
 
 
-def markup(rows: Rows) -> str:
-    """An HTML table, the first row its head."""
+def markup(rows: Rows, notes: Sequence[str] = ()) -> str:
+    """An HTML table, the first row its head, and notes below."""
     head, *body = rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body
     )
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>{below}"

@@ -241,7 +241,7 @@ def check_bools(masks: PyTree) -> None:
         if mask is not None and jnp.asarray(mask).dtype != jnp.bool_:
             raise TypeError(
                 f"{path}: the mask has type {jnp.asarray(mask).dtype}; masks are bool, True where "
-                "kept, so compare (mask != 0) first"
+                "kept: jp.get_masks(state, params), jp.unpack_masks of packed ones, or mask != 0"
             )
 
 

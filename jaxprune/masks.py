@@ -155,7 +155,7 @@ def density(masks: Masks) -> jax.Array:
 
     Raises:
       ValueError: if there is no mask.
-      TypeError: if a mask is not bool, as of packed masks.
+      TypeError: if a mask is not bool, as of packed masks, or of parameters.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -127,42 +127,43 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         table = self._table()
-        return _table.text(table, left=(0, 1, len(table[0]) - 1))
+        text = _table.text(table, left=(0, 1, len(table[0]) - 1))
+        return "\n".join((text, *self._warnings()))
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return _table.markup(self._table())
+        return _table.markup(self._table(), self._warnings())
 
-    def _wanted(self) -> str:
-        """What was asked for, and why it may not be what was reached."""
-        if self.requested is None:
-            return ""
-        wanted = f"asked for {self.requested:.4%}"
-        if self.target is not None and self.target != self.requested:
-            wanted = f"last {wanted}, the schedule ends at {self.target:.4%}"
-        if abs(self.kept - self.size * (1 - self.requested)) > 1:
-            wanted += (
-                f", is at {self.sparsity:.4%}: floors, rules, whole units or masks from the start"
+    def _warnings(self) -> list[str]:
+        """Why another sparsity than the requested one was reached, or masked weights are not 0."""
+        found = []
+        if self.requested is not None and abs(self.kept - self.size * (1 - self.requested)) > 1:
+            found.append(
+                f"{self.sparsity:.4%} is not what was asked for: floors, rules, whole units or "
+                "masks from the start"
             )
-        return wanted
-
-    def _astray(self) -> str:
-        """Why masked weights are not zero."""
-        if not self.revived:
-            return ""
-        if self.step == 0:
-            return f"{self.revived:,} masked weights are not zero yet: the first update zeroes them"
-        return (
-            f"{self.revived:,} MASKED WEIGHTS ARE NOT ZERO: apply_masks, or put jaxprune's "
-            "transform outermost"
-        )
+        if self.revived and self.step == 0:
+            found.append(
+                f"{self.revived:,} masked weights are not zero yet: the first update zeroes them"
+            )
+        elif self.revived:
+            found.append(
+                f"{self.revived:,} MASKED WEIGHTS ARE NOT ZERO: apply_masks, or put jaxprune's "
+                "transform outermost"
+            )
+        return found
 
     def _table(self) -> list[tuple[str, ...]]:
-        others = f"{self.others:,} weights not governed" if self.others else ""
-        parts = (self._wanted(), others, self._astray())
-        note = "; ".join(part for part in parts if part)
+        parts = []
+        if self.requested is not None:
+            parts.append(f"asked for {self.requested:.4%}")
+            if self.target is not None and self.target != self.requested:
+                parts = [f"last {parts[0]}, the schedule ends at {self.target:.4%}"]
+        if self.others:
+            parts.append(f"{self.others:,} weights not governed")
+        note = "; ".join(parts)
         rows = [
             (
                 row.path,

@@ -145,9 +145,7 @@ def test_units_of_several_weights_never_exceed(seed, keep):
     )
 
 
-@pytest.mark.parametrize(
-    "shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (1024, 3), (2048, 7, 2), (2, 1032, 5)]
-)
+@pytest.mark.parametrize("shape", [(300,), (1024, 3), (3, 3, 64, 8), (2, 1032, 5)])
 def test_every_way_of_counting_counts(shape):
     """The variants that a CPU and an accelerator take, all run here."""
     leaf = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
@@ -165,13 +163,14 @@ def cuts_above(thresholds, shape):
 
 
 def every_count(leaf, cuts, axes):
-    """As an accelerator counts, as a CPU does, and by way of strips with and without indices."""
-    step = jnp.int32(0)
-    for on_cpu in (False, True):
-        yield jax.jit(partial(_counting.count, on_cpu, axes=axes, grain=0))(leaf, cuts, step)
-    strips = jax.jit(partial(_counting.count_strips, axes=axes, grain=0))
-    index = _counting.indices(leaf.shape, axes, step)
-    yield from (strips(leaf, place, cuts) for place in (None, index))
+    """As an accelerator counts, as a CPU does, and as one does what takes longer."""
+
+    @jax.jit
+    def sums(leaf, cuts, step):
+        counts = [_counting.count(cpu, leaf, cuts, step, axes, 0) for cpu in (False, True)]
+        return *counts, _counting.count_strips(leaf, None, cuts, axes, 0)
+
+    return sums(leaf, cuts, jnp.int32(0))
 
 
 @pytest.mark.parametrize(
