@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 # Hundreds of small programs run for milliseconds: what costs is compiling them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -6,6 +7,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import hypothesis
 import jax
 import pytest
+
+LONG = ("test_examples.py", "test_sequential.py")  # of few tests
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,16 +28,20 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a sweep that takes minutes the usual rows: those that ``usual`` names a part of."""
-    if config.getoption("full"):
-        return
+    """Of a sweep that takes minutes the usual rows: those that ``usual`` names a part of.
+
+    Modules that take long come first, or one worker ends alone with the last of them.
+    """
 
     def runs(item):
         usual = item.get_closest_marker("usual")
         return usual is None or any(row in item.callspec.id for row in usual.args)
 
-    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
-    items[:] = filter(runs, items)
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+        items[:] = filter(runs, items)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], item.path))
 
 
 def pytest_generate_tests(metafunc):
