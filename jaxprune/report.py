@@ -33,6 +33,7 @@ def get_masks(state: PyTree, params: Params) -> Masks:
 
     Raises:
       ValueError: if there is no pruning state, or it belongs to other parameters.
+      TypeError: for the state in the place of the parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxprune as jp
@@ -43,6 +44,7 @@ def get_masks(state: PyTree, params: Params) -> Masks:
     """
     found = list(_pruning_states(state))
     if not found:
+        _check_order("get_masks(state, params)", params)
         raise ValueError(
             "no pruning state here: pass the state of an optimizer that a jaxprune transform wraps"
         )
@@ -92,6 +94,7 @@ class Summary(NamedTuple):
       target: the sparsity asked for in the end, likewise.
       others: weights of the model that are not governed.
       revived: weights that are masked and yet not zero.
+      nans: governed weights that are NaN.
       step: updates done so far, where the optimizer state knows it.
     """
 
@@ -100,6 +103,7 @@ class Summary(NamedTuple):
     target: float | None
     others: int
     revived: int
+    nans: int
     step: int | None
 
     @property
@@ -121,7 +125,7 @@ class Summary(NamedTuple):
         """Flat numbers for a logger: sparsity per path and in total, counts, what was asked for."""
         numbers: dict[str, float] = {f"sparsity/{row.path}": row.sparsity for row in self.leaves}
         numbers |= {"sparsity": self.sparsity, "kept": self.kept, "size": self.size}
-        numbers |= {"revived": self.revived}
+        numbers |= {"revived": self.revived, "nans": self.nans}
         known = {"requested": self.requested, "target": self.target}
         return numbers | {name: value for name, value in known.items() if value is not None}
 
@@ -139,10 +143,12 @@ class Summary(NamedTuple):
     def _warnings(self) -> list[str]:
         """Why another sparsity than the requested one was reached, or masked weights are not 0."""
         found = []
+        if self.nans:
+            found.append(f"{self.nans:,} WEIGHTS ARE NaN; masks stay as they are while scores are")
         if self.requested is not None and abs(self.kept - self.size * (1 - self.requested)) > 1:
             found.append(
-                f"{self.sparsity:.4%} is not what was asked for: floors, rules, whole units or "
-                "masks from the start"
+                f"{self.sparsity:.4%} is not what was asked for: floors, rules, whole units, "
+                "masks from the start or scores that were NaN"
             )
         if self.revived and self.step == 0:
             found.append(
@@ -192,6 +198,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
 
     Raises:
       ValueError: if masks or state do not fit the parameters, or nothing is governed.
+      TypeError: for the state in the place of the parameters.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -202,6 +209,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
       ------------------------------------
       total              2     4  50.0000%
     """
+    _check_order("summarize(params, state)", params)
     requested = target = step = None
     if masks is None:
         masks = jax.tree.map(lambda p: p != 0, _tree.select(params))
@@ -222,7 +230,8 @@ def summarize(params: Params, masks: Any = None) -> Summary:
             )
     _tree.check_masks(masks, params)
     rows: list[LeafSummary] = []
-    others, revived, seen = 0, 0, dict[int, str]()
+    others = revived = nans = 0
+    seen = dict[int, str]()
     pairs = zip(_tree.leaves_with_paths(params), _tree.leaves_with_paths(masks), strict=True)
     for (path, leaf), (_, mask) in pairs:
         if mask is None:
@@ -230,6 +239,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
             continue
         kept = int(np.count_nonzero(mask))
         revived += int(jnp.sum((leaf != 0) & ~mask, dtype=jnp.int32))
+        nans += int(jnp.sum(leaf != leaf, dtype=jnp.int32))
         note = "at its floor" if kept <= 1 < mask.size else ""
         if id(leaf) in seen:
             note = f"same array as {seen[id(leaf)]}; share one leaf, or its masks may differ"
@@ -237,7 +247,12 @@ def summarize(params: Params, masks: Any = None) -> Summary:
         rows.append(LeafSummary(path, tuple(leaf.shape), kept, mask.size, note))
     if not rows:
         raise ValueError("nothing to summarize: no leaf is governed")
-    return Summary(tuple(rows), requested, target, others, revived, step)
+    return Summary(tuple(rows), requested, target, others, revived, nans, step)
+
+
+def _check_order(call: str, params: PyTree) -> None:
+    if any(_pruning_states(params)):
+        raise TypeError(f"params holds a pruning state; the call is {call}")
 
 
 def _pruning_states(tree: PyTree) -> Iterator[PruningState | MaskedParamsState]:

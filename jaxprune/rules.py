@@ -1,7 +1,7 @@
 """A different treatment for every path: rules as combinators over the protocols."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ def allocate_by_path(
     Raises:
       ValueError: for a number outside [0, 1]; from the allocation, for a rule that matches no
         governed leaf, or only leaves that earlier rules take.
-      TypeError: if a share is none of the three.
+      TypeError: if a share is none of the three, or ``rules`` no mapping.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -52,7 +52,7 @@ def allocate_by_path(
       >>> int(keep["head"]), int(keep["mlp"]), int(keep["conv"])
       (8, 4, 2)
     """
-    for pattern, share in (*rules.items(), ("default", default)):
+    for pattern, share in (*_items(rules), ("default", default)):
         if callable(share):
             _checks.check_step("allocate", share, f"rule {pattern!r}")
         elif share is not None:
@@ -75,7 +75,7 @@ def mask_by_path(rules: Mapping[str, Masking], *, default: Masking = mask_topk) 
       ``mask(scores, keep) -> masks``.
 
     Raises:
-      TypeError: if a rule is no masking.
+      TypeError: if a rule is no masking, or ``rules`` no mapping.
       ValueError: from the masking, for a rule that matches no governed leaf, or only leaves that
         earlier rules take.
 
@@ -86,7 +86,7 @@ def mask_by_path(rules: Mapping[str, Masking], *, default: Masking = mask_topk) 
       >>> mask(scores, {"attention": 2, "mlp": 1})["mlp"].tolist()
       [False, False, False, True]
     """
-    for pattern, rule in (*rules.items(), ("default", default)):
+    for pattern, rule in (*_items(rules), ("default", default)):
         _checks.check_step("mask", rule, f"rule {pattern!r}")
     return partial(_mask, rules=dict(rules), default=default)
 
@@ -109,6 +109,7 @@ def scale_by_path(
     Raises:
       ValueError: for a factor that is not a positive number; from the saliency, for a rule that
         matches no governed leaf, or only leaves that earlier rules take.
+      TypeError: if a factor is no number, or ``rules`` no mapping.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -116,7 +117,7 @@ def scale_by_path(
       >>> saliency({"head": jnp.ones(1), "mlp": jnp.ones(1)})["head"].tolist()
       [2.0]
     """
-    for pattern, factor in (*rules.items(), ("default", default)):
+    for pattern, factor in (*_items(rules), ("default", default)):
         _check_number(pattern, factor, "a positive number")
         if not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"{pattern!r}: factor is {factor}; give a positive number")
@@ -193,6 +194,15 @@ def _by_rule(
 
 def _where(path: str, leaf: Any, *, taken: Mapping[str, str | None], pattern: str | None) -> Any:
     return leaf if taken[path] == pattern else None
+
+
+def _items(rules: Any) -> Iterable[tuple[str, Any]]:
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f"rules is {type(rules).__name__}, not a mapping; give {{pattern: value}}, such as "
+            '{"head": None}'
+        )
+    return rules.items()
 
 
 def _check_number(pattern: str, value: Any, remedy: str) -> None:

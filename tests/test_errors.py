@@ -211,6 +211,10 @@ def test_states_that_hold_no_masks():
     state = WRAPPERS["rigl"](0.5).init(PARAMS)
     with pytest.raises(ValueError, match="leaves"):
         jp.get_masks(state, {"dense": {"kernel": jnp.ones((4, 6))}})
+    with pytest.raises(TypeError, match=r"the call is get_masks\(state, params\)"):
+        jp.get_masks(PARAMS, state)
+    with pytest.raises(TypeError, match=r"the call is summarize\(params, state\)"):
+        jp.summarize(state, PARAMS)
     with pytest.raises(ValueError, match="packed masks"):
         jp.unpack_masks({"w": jnp.ones((2, 2), jnp.uint8)}, {"w": jnp.ones((2, 40))})
 

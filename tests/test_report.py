@@ -38,6 +38,13 @@ def test_masked_weights_that_are_not_zero_are_reported():
     )
 
 
+def test_weights_that_are_nan_are_reported():
+    params = jax.tree.map(lambda p: p.at[0].set(jnp.nan), PARAMS)
+    report = jp.summarize(params)
+    assert report.nans == report.as_dict()["nans"] == 30
+    assert "30 WEIGHTS ARE NaN; masks stay" in str(report).splitlines()[-1]
+
+
 def test_masks_that_no_update_has_applied_yet():
     tx = jp.rigl(
         optax.sgd(0.0), 0.9, key=jax.random.key(0), when=jp.every(9, begin=9), drop_fraction=0.3
@@ -86,7 +93,8 @@ def test_floors_and_ties_are_pointed_out():
     *_, total, warning = str(report).splitlines()
     assert total.endswith("asked for 100.0000%; 10 weights not governed")
     assert warning == (
-        "99.0000% is not what was asked for: floors, rules, whole units or masks from the start"
+        "99.0000% is not what was asked for: floors, rules, whole units, masks from the start or "
+        "scores that were NaN"
     )
     assert report.kept == 2
 

@@ -223,6 +223,9 @@ def test_bad_rules():
             jp.scale_by_path({"mlp": factor})
     with pytest.raises(TypeError, match="'mlp': None is no rule here; give a positive number"):
         jp.scale_by_path({"mlp": None})
+    for by_path in (jp.allocate_by_path, jp.mask_by_path, jp.scale_by_path):
+        with pytest.raises(TypeError, match="rules is list, not a mapping"):
+            by_path(["mlp"])
     with pytest.raises(ValueError, match="sparsity is 2"):
         jp.explain(PARAMS, 2.0)
     with pytest.raises(ValueError, match="different trees"):
