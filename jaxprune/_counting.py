@@ -149,6 +149,8 @@ def _where_tied(
     """``read`` a leaf, its indices and two cuts; no indices where no cut is among equal scores.
 
     Along an axis of millions a CPU takes longer to compare indices than for the rest of a pass.
+    Under Explicit axes they are always compared: ``vmap`` of a branch selects with an unsharded
+    condition, which jax refuses there.
     """
 
     def plain(leaf, cuts, step):
@@ -159,6 +161,8 @@ def _where_tied(
         leaf, step = lax.optimization_barrier((leaf, step))
         return read(leaf, indices(leaf.shape, axes, step).astype(cuts.key.dtype), cuts)
 
+    if _placement.explicitly_sharded(leaf):
+        return tied(leaf, cuts, step)
     return lax.cond(jnp.any(cuts.end > 0), tied, plain, leaf, cuts, step)
 
 
@@ -274,7 +278,8 @@ class Strips(NamedTuple):
 def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
     """How to add up a large leaf along one of the axes, if it can be cut.
 
-    Strips are contiguous in memory and of one device: as many sums are left as shards may be.
+    Strips are contiguous in memory, and of one device: what may be the number of shards goes on
+    dividing that of sums.
     """
     if _placement.explicitly_sharded(leaf) or few(leaf):
         return None
@@ -282,9 +287,11 @@ def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
         last = axis == leaf.ndim - 1
         line, entries = (_LINE, 1) if last else (1, math.prod(leaf.shape[axis + 1 :]))
         sums, rest = divmod(leaf.shape[axis], line * _STRIPS)
-        if rest or sums < _loops.SHARDS:
+        shards = math.gcd(leaf.shape[axis], jax.device_count())
+        if rest or sums < _loops.SHARDS or sums % shards:
             continue
-        while sums % (2 * _loops.SHARDS) == 0 and 2 * line * entries <= _STRIP:
+        least = math.lcm(_loops.SHARDS, shards)
+        while sums % (2 * least) == 0 and 2 * line * entries <= _STRIP:
             sums, line = sums // 2, 2 * line
         return Strips(axis, sums, line)
     return None

@@ -99,6 +99,24 @@ def collectives(text):
     return found
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((800, 512), P("x")), ((544, 512), P(("y", "x"))), ((8, 409_600), P(None, "x"))],
+)
+def test_large_leaves_whose_strips_would_cross_shards(shape, spec, kind):
+    """Eight shards divide the axis, but not the strips that one device adds along it."""
+    where, mask = mesh(kind), jax.jit(lambda x: jp.mask_topk({"w": x}, {"w": 9_999})["w"])
+    leaf = np.random.default_rng(0).normal(size=(2, *shape)).round(2).astype(np.float32)
+    want = [mask(jnp.asarray(part)) for part in leaf]
+    with jax.sharding.set_mesh(where):
+        seeds = jax.device_put(leaf, NamedSharding(where, P(None, *spec)))
+        sent = collectives(mask.lower(seeds[0]).compile().as_text())
+        np.testing.assert_array_equal(mask(seeds[0]), want[0])
+        np.testing.assert_array_equal(jax.jit(jax.vmap(mask))(seeds), want)
+    assert all(name == "all-reduce" and size <= 64 for name, size in sent)
+
+
 TRANSFORMS = {
     "gradual_global": lambda: jp.prune_gradually(
         optax.adam(1e-2), 0.8, when=jp.every(1), allocate=jp.allocate_global
