@@ -55,13 +55,21 @@ def wire(text):
     return sorted(found, key=lambda f: -f["bytes"])
 
 
+def compiled(f, tree):
+    """A compiled call, and what it took to compile and takes of memory."""
+    start = time.perf_counter()
+    call = jax.jit(f).lower(tree).compile()
+    seconds = time.perf_counter() - start
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(tree))
+    extra = call.memory_analysis().temp_size_in_bytes / size
+    return call, {"compile s": seconds, "extra bytes / scores": extra}
+
+
 def measure(layers, width, repeats):
     tree = jax.block_until_ready(scores(layers, width))
     n = sum(leaf.size for leaf in jax.tree.leaves(tree))
     absolute = jax.jit(lambda t: jax.tree.map(jnp.abs, t))(tree)
-    start = time.perf_counter()
-    compiled = jax.jit(update).lower(absolute).compile()
-    compile_s = time.perf_counter() - start
+    ours, cost = compiled(update, absolute)
     one_pass = jax.jit(lambda t: jax.tree.map(lambda s: s > 1.6, t))
     keep = n // 10
 
@@ -70,22 +78,20 @@ def measure(layers, width, repeats):
         return flat >= np.partition(flat, n - keep)[n - keep]
 
     calls = {
-        "ours": lambda: compiled(absolute),
+        "ours": lambda: ours(absolute),
         "one compare": lambda: one_pass(absolute),
         "np.partition": partition,
     }
     seconds = _timing.interleaved(calls, repeats, f"{n / 1e6:.0f}M")
-    kept = sum(int(m.sum()) for m in jax.tree.leaves(compiled(absolute)))
+    kept = sum(int(m.sum()) for m in jax.tree.leaves(ours(absolute)))
     return {
         "weights": n,
         "leaves": len(jax.tree.leaves(tree)),
         "kept": kept,
-        "compile s": compile_s,
         "s": {name: float(np.median(s)) for name, s in seconds.items()},
         "ours / np.partition": _timing.ratio(seconds["ours"], seconds["np.partition"]),
         "ours / one compare": _timing.ratio(seconds["ours"], seconds["one compare"]),
-        "extra bytes / scores": compiled.memory_analysis().temp_size_in_bytes / (4 * n),
-    }
+    } | cost
 
 
 def sorted_lamp(scores, sparsity):
@@ -110,21 +116,12 @@ def allocations(layers, width, repeats):
         "allocate_lamp": jp.allocate_lamp,
         "LAMP by sorting": sorted_lamp,
     }
-    compiled, compile_s = {}, {}
-    for name, way in ways.items():
-        start = time.perf_counter()
-        compiled[name] = jax.jit(partial(way, sparsity=0.9)).lower(tree).compile()
-        compile_s[name] = time.perf_counter() - start
-    calls = {name: partial(call, tree) for name, call in compiled.items()}
+    found = {name: compiled(partial(way, sparsity=0.9), tree) for name, way in ways.items()}
+    calls = {name: partial(call, tree) for name, (call, _) in found.items()}
     seconds = _timing.interleaved(calls, repeats, f"counts, {n / 1e6:.0f}M")
     return {
-        name: {
-            "weights": n,
-            "s": float(np.median(seconds[name])),
-            "compile s": compile_s[name],
-            "extra bytes / scores": call.memory_analysis().temp_size_in_bytes / (4 * n),
-        }
-        for name, call in compiled.items()
+        name: {"weights": n, "s": float(np.median(seconds[name]))} | cost
+        for name, (_, cost) in found.items()
     }
 
 

@@ -189,7 +189,7 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
 
 
 def inside(places: jax.Array, width: jax.Array) -> jax.Array:
-    """Places in brackets of so many, floats, as whole numbers between the ends."""
+    """Places in brackets of that width, given as floats: whole numbers between the ends."""
     extent = width.astype(jnp.float32) * np.float32(1 - 2.0**-20)  # rounded, no more than width
     places = jnp.minimum(jnp.maximum(places, 0.0), extent).astype(width.dtype)
     least = jnp.minimum(width, np.ones((), width.dtype))
@@ -197,7 +197,7 @@ def inside(places: jax.Array, width: jax.Array) -> jax.Array:
 
 
 def cuts_at(places: jax.Array, tied: jax.Array, key: jax.Array) -> Cut:
-    """Cuts at keys, or where all is tied at one at indices."""
+    """Cuts at these keys, or at these indices of ``key`` where all scores are tied at it."""
     return Cut(_loops.where(tied, key, places), _loops.where(tied, places, 0))
 
 

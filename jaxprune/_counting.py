@@ -73,13 +73,8 @@ def order(x: jax.Array, dtype: Any, grain: int = 0) -> jax.Array:
     return jnp.minimum(key, np.asarray((2 * infinity(dtype) >> grain) + 1, dtype))
 
 
-def kept(key: jax.Array, index: jax.Array | None, cut: Cut) -> jax.Array:
-    """What a cut keeps of entries with these keys and places in their slices.
-
-    Without places it is among no equal scores.
-    """
-    if index is None:
-        return key < cut.key
+def kept(key: jax.Array, index: jax.Array, cut: Cut) -> jax.Array:
+    """What a cut keeps of entries with these keys and places in their slices."""
     return key < cut.key + (index < cut.end).astype(key.dtype)
 
 
@@ -121,7 +116,7 @@ def count(
         return count_bits(first, second, axes)
     if few(leaf):  # one sum over both, and half the code
         return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
-    return _where_tied(partial(count_strips, axes=axes, grain=grain), leaf, cuts, step, axes)
+    return _where_tied(partial(count_bytes, axes=axes), leaf, cuts, step, axes, grain)
 
 
 def keep(
@@ -132,21 +127,18 @@ def keep(
         return views(leaf, cuts, step, axes, grain)[0]
     if few(leaf):
         return _bytes(leaf, cuts, step, axes, grain)[0] > 0
-
-    def first(leaf, index, cuts):
-        return kept(order(leaf, cuts.key.dtype, grain), index, cuts.both()[0])
-
-    return _where_tied(first, leaf, cuts, step, axes)
+    return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
 
 
 def _where_tied(
-    read: Callable[[jax.Array, jax.Array | None, Cut], PyTree],
+    read: Callable[[jax.Array, jax.Array], PyTree],
     leaf: jax.Array,
     cuts: Cut,
     step: jax.Array,
     axes: tuple[int, ...],
+    grain: int,
 ) -> PyTree:
-    """``read`` a leaf, its indices and two cuts; no indices where no cut is among equal scores.
+    """``read`` the views of two cuts, without indices where no cut is among equal scores.
 
     Along an axis of millions a CPU takes longer to compare indices than for the rest of a pass.
     Under Explicit axes they are always compared: ``vmap`` of a branch selects with an unsharded
@@ -155,11 +147,11 @@ def _where_tied(
 
     def plain(leaf, cuts, step):
         leaf, _ = lax.optimization_barrier((leaf, step))
-        return read(leaf, None, cuts)
+        key = order(leaf, cuts.key.dtype, grain)
+        return read(*(key < cut.key for cut in cuts.both()))
 
     def tied(leaf, cuts, step):
-        leaf, step = lax.optimization_barrier((leaf, step))
-        return read(leaf, indices(leaf.shape, axes, step).astype(cuts.key.dtype), cuts)
+        return read(*views(leaf, cuts, step, axes, grain))
 
     if _placement.explicitly_sharded(leaf):
         return tied(leaf, cuts, step)
@@ -171,21 +163,17 @@ def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Su
     return _joint(_sum(first, axes), _sum(second, axes))
 
 
-def count_strips(
-    leaf: jax.Array, index: jax.Array | None, cuts: Cut, axes: tuple[int, ...], grain: int
-) -> Sums:
-    """Count by way of half a byte per weight for each cut, added strip to strip."""
-    whole = [1 if a in axes else n for a, n in enumerate(leaf.shape)]
-    split, most = strips(leaf, axes), 1
-    key = order(leaf, cuts.key.dtype, grain)
-    first, second = (kept(key, index, cut).astype(jnp.uint8) for cut in cuts.both())
-    both = first | (second << np.uint8(_HALF))
+def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
+    """Sum two views by way of half a byte per weight for each, strips of large ones added first."""
+    both = first.astype(jnp.uint8) | (second.astype(jnp.uint8) << np.uint8(_HALF))
+    shape = [1 if a in axes else n for a, n in enumerate(both.shape)]
+    split, most = strips(both, axes), 1
     if split is not None:  # to compare strip by strip is a tenth faster and compiles twice as long
         both, axes, most = reduce(jnp.add, split.of(both)), split.axes(axes), _STRIPS
     both = lax.optimization_barrier(both)
     found = both & np.uint8((1 << _HALF) - 1), both >> np.uint8(_HALF)
     sums = _joint(*(_sum(view, axes, most) for view in found))
-    return jax.tree.map(lambda x: x.reshape(2, *whole), sums)
+    return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
 @partial(jax.jit, static_argnames=("axes", "grain"), inline=True)
@@ -278,9 +266,9 @@ def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
     for axis in axes:
         last = axis == leaf.ndim - 1
         line, entries = (_LINE, 1) if last else (1, math.prod(leaf.shape[axis + 1 :]))
-        sums, rest = divmod(leaf.shape[axis], line * _STRIPS)
         shards = math.gcd(leaf.shape[axis], jax.device_count())
-        if rest or sums < _loops.SHARDS or sums % shards:
+        sums = leaf.shape[axis] // (line * _STRIPS)
+        if leaf.shape[axis] % (line * _STRIPS * shards) or sums < _loops.SHARDS:
             continue
         least = math.lcm(_loops.SHARDS, shards)
         while sums % (2 * least) == 0 and 2 * line * entries <= _STRIP:

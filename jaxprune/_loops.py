@@ -80,7 +80,14 @@ def fold(
         minors = {a: _LINE if a == x.ndim - 1 else 1 for a in axes}
         lengths = {a: x.shape[a] // n for a, n in minors.items() if x.shape[a] % n == 0}
         choices = {
-            a: max(p for p in range(1, _PARTS + 1) if _divides(p, n, most, least))
+            a: next(
+                (
+                    p
+                    for p in range(min(_PARTS, n // least, most), 1, -1)
+                    if n % (p * math.gcd(n, least)) == 0
+                ),
+                1,
+            )
             for a, n in lengths.items()
         }
         choices = {a: parts for a, parts in choices.items() if parts > 1}
@@ -95,9 +102,3 @@ def fold(
             pairs = zip(strips[::2], strips[1::2], strict=False)
             strips = [combine(a, b) for a, b in pairs] + strips[len(strips) // 2 * 2 :]
         x = strips[0].reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-
-
-def _divides(parts: int, lines: int, most: int, least: int) -> bool:
-    left, rest = divmod(lines, parts)
-    few = parts > most or left < least
-    return parts == 1 or not (rest or few or left % math.gcd(lines, least))

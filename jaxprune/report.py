@@ -141,7 +141,7 @@ class Summary(NamedTuple):
         return _table.markup(self._table(), self._warnings())
 
     def _warnings(self) -> list[str]:
-        """Why another sparsity than the requested one was reached, or masked weights are not 0."""
+        """NaN, another sparsity than the requested one, and masked weights that are not zero."""
         found = []
         if self.nans:
             found.append(f"{self.nans:,} WEIGHTS ARE NaN; masks stay as they are while scores are")

@@ -145,7 +145,9 @@ def test_units_of_several_weights_never_exceed(seed, keep):
     )
 
 
-@pytest.mark.parametrize("shape", [(300,), (1024, 3), (3, 3, 64, 8), (2, 1032, 5)])
+@pytest.mark.parametrize(
+    "shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (1024, 3), (2048, 7, 2), (2, 1032, 5)]
+)
 def test_every_way_of_counting_counts(shape):
     """The variants that a CPU and an accelerator take, all run here."""
     leaf = jnp.asarray(np.random.default_rng(0).random(shape), jnp.float32)
@@ -168,7 +170,7 @@ def every_count(leaf, cuts, axes):
     @jax.jit
     def sums(leaf, cuts, step):
         counts = [_counting.count(cpu, leaf, cuts, step, axes, 0) for cpu in (False, True)]
-        return *counts, _counting.count_strips(leaf, None, cuts, axes, 0)
+        return *counts, _counting.count_bytes(*_counting.views(leaf, cuts, step, axes, 0), axes)
 
     return sums(leaf, cuts, jnp.int32(0))
 
