@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from benchmarks import _timing
 from jaxprune import _topk
+from jaxprune._leaves import Leaves
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -159,7 +160,7 @@ def passes(n):
         "around 1, some ulps": 1 + 1e-5 * rng.standard_normal(n),
         "all equal": np.ones(n),
     }
-    step = jax.jit(lambda x, keep: _topk._search(_topk.Leaves((x,)), keep).step)
+    step = jax.jit(lambda x, keep: _topk._search(Leaves((x,)), keep).step)
     keeps = [jnp.array([[round(n * d)]], jnp.uint32) for d in (0.9, 0.5, 0.3, 0.1, 0.05, 0.01)]
     scored = {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()}
     return {name: [int(step(x, keep)) for keep in keeps] for name, x in scored.items()}

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _loops, _placement, _tree
+from jaxprune import _loops, _placement
 from jaxprune._typing import PyTree
 
 _EXACT = 1 << 24  # whole numbers up to here are floats
 _DIGIT = 256
-_STACKED = 1 << 17  # copying a larger leaf costs more than the code that it saves
 _STRIPS_FROM = 1 << 18  # in leaves as large a pass takes longer than adding lines first
 _STRIPS = 8  # added as half bytes
 _HALF = 4  # bits
@@ -289,21 +288,6 @@ def indices(shape: tuple[int, ...], axes: tuple[int, ...], step: jax.Array) -> j
     return reduce(jnp.add, terms, *[] if terms else [zero])
 
 
-def pick(tree: PyTree, first: Any, size: int, axis: int = 0) -> PyTree:
-    """Entries ``first`` and following of an axis; where ``first`` is a value, code is shared."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, axis), tree)
-
-
-def members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[list[int]]:
-    """Which leaves are stacked: small ones of one kind and type."""
-    found: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        alone = kinds is None or leaf.size > _STACKED
-        key = i if alone else (kinds[i], jax.typeof(leaf))  # type: ignore[index]
-        found.setdefault(key, []).append(i)
-    return list(found.values())
-
-
 def totals(part: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sums of positive scores along ``axes``, roughly; NaN where any score is."""
     wide = jnp.float64 if part.dtype == jnp.float64 else jnp.float32
@@ -323,12 +307,3 @@ def totals_of(parts: Sequence[jax.Array]) -> jax.Array:
     sums = lax.optimization_barrier([x.astype(jnp.float32) for x in sums])  # joined as they are
     joint = jnp.concatenate(sums, 1)
     return lax.optimization_barrier(joint)  # or a sum of it goes over the weights once more
-
-
-def any_nan(scores: PyTree) -> jax.Array:
-    """Whether any score is NaN."""
-    leaves = jax.tree.leaves(scores)
-    if not leaves:
-        return jnp.zeros((), bool)
-    parts = [jnp.stack([leaves[i] for i in part]) for part in members(leaves, _tree.kinds(scores))]
-    return lax.optimization_barrier(jnp.isnan(_loops.total(totals_of(parts))))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _counting, _exact, _loops, _sums, _topk, _tree
+from jaxprune import _counting, _exact, _loops, _sums, _tree
 from jaxprune._brackets import cuts_at, inside
 from jaxprune._counting import Cut, halves
+from jaxprune._leaves import Leaves, entries
 
 _LINES = 256  # of energies are added as floats before digits are
 _THIRDS = 3  # of so many passes one takes the thirds, so that all brackets shrink
@@ -94,7 +95,7 @@ class _Lamp:
         floors: tuple[int, ...],
         kinds: tuple[Any, ...] | None,
     ):
-        self.leaves = _topk.Leaves(leaves, kinds=kinds)
+        self.leaves = Leaves(leaves, kinds=kinds)
         self.keys, self.rank = self.leaves.keys, self.leaves.order
         self.bound = sum(leaf.size for leaf in leaves)
         self.budget = _exact.up_to(self.bound, budget)
@@ -139,7 +140,7 @@ class _Lamp:
         """Nothing and everything, whose energy is that of half-normal scores of its mean."""
         keys, whole = self.keys, self.leaves.whole()
         sizes = whole.astype(np.float32)
-        total = jnp.maximum(self.leaves.totals(), 0.0)  # of none that is NaN
+        total = jnp.maximum(self.leaves.totals, 0.0)  # of none that is NaN
         mean = _sums.times_power(total, -self.unit) / sizes
         energy = (jnp.square(mean) * (sizes * np.float32(np.pi / 2))).astype(self.dtype)
         zero = (total > 0).astype(keys.dtype) * keys.number(0)
@@ -351,7 +352,7 @@ def _energy_at(part, cuts, first, step, unit, grain) -> jax.Array:
     A sum in a fixed order never falls when an energy is added, and neither does one of digits.
     """
     axes = tuple(range(1, part.ndim))
-    kept = _counting.views(part, _topk.entries(cuts, first, part), step, axes, grain)
+    kept = _counting.views(part, entries(cuts, first, part), step, axes, grain)
     part, _ = lax.optimization_barrier((part, step))
     energy = jnp.square(_sums.times_power(_finite(part), -jnp.broadcast_to(unit, part.shape)))
     both = jnp.stack([_loops.where(view, energy, 0.0) for view in kept])

@@ -25,22 +25,45 @@ from jax import lax
 from jaxprune import _counting, _exact, _loops, _placement
 from jaxprune._brackets import Brackets, Keys, Ranks, guess, narrow, ranks, second, within
 from jaxprune._counting import Cut, halves
+from jaxprune._leaves import Leaves
+
+
+class Found(NamedTuple):
+    """What a search gives.
+
+    Attributes:
+      masks: of each leaf.
+      counts: how many weights each leaf keeps, int32.
+      bad: whether a score is NaN, of those alive.
+    """
+
+    masks: list[jax.Array]
+    counts: jax.Array
+    bad: jax.Array
+
+
+_NOTHING = Found([], np.zeros(0, np.int32), np.zeros((), bool))  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnames="kinds")
 def top(
-    leaves: Sequence[jax.Array], keep: Any, *, kinds: tuple[Any, ...] | None = None
-) -> list[jax.Array]:
-    """Masks of the ``keep[i]`` largest scores of each leaf, ties to the lower flat index.
+    leaves: Sequence[jax.Array],
+    keep: Any,
+    *,
+    kinds: tuple[Any, ...] | None = None,
+    alive: Sequence[jax.Array] | None = None,
+) -> Found:
+    """The ``keep[i]`` largest scores of each leaf, ties to the lower flat index.
 
     ``keep`` is a list of scalars or a vector. Small leaves of one of the ``kinds`` are searched in
-    one go.
+    one go. Of the masks ``alive`` a part is kept, and where a score of theirs is NaN all.
     """
     if not leaves:
-        return []
-    problem = Leaves(leaves, kinds=kinds)
-    want = jnp.asarray(keep, jnp.int32).astype(jnp.uint32)
-    return problem.masks(_search(problem, want[None, problem.order]))
+        return _NOTHING
+    problem = Leaves(leaves, kinds=kinds, alive=alive)
+    counts = jnp.asarray(keep, jnp.int32)
+    state = _search(problem, counts.astype(jnp.uint32)[None, problem.order])
+    return Found(problem.masks(state), counts, problem.bad)
 
 
 @partial(jax.jit, static_argnames="axes")
@@ -63,9 +86,10 @@ def top_shared(
     floors: tuple[int, ...],
     sizes: Sequence[Any] | None = None,
     kinds: tuple[Any, ...] | None = None,
+    alive: Sequence[jax.Array] | None = None,
     counts_only: bool = False,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Masks and counts of the best weights of all leaves together; ties to the earlier leaf.
+) -> Found:
+    """The best weights of all leaves together; ties to the earlier leaf.
 
     Args:
       leaves: scores, of weights or of units.
@@ -75,11 +99,12 @@ def top_shared(
       sizes: for each leaf how many weights its units hold, one number or one for each unit; then
         the longest ranked prefix of units is kept that the budget pays for.
       kinds: of leaves; small ones of one kind are searched in one go.
+      alive: masks of which a part is kept, and where a score of theirs is NaN all.
       counts_only: stop when the counts are known, without masks.
     """
     if not leaves:
-        return [], []
-    problem = Leaves(leaves, sizes, kinds)
+        return _NOTHING
+    problem = Leaves(leaves, sizes, kinds, alive)
     least = sum(cost * floor for cost, floor in zip(costs, floors, strict=True))
     pairs = zip(costs, leaves, strict=True)
     bound = _exact.LARGEST if sizes else sum(cost * leaf.size for cost, leaf in pairs)
@@ -92,8 +117,8 @@ def top_shared(
     )
     state = _search(problem, None, shared, counts_only=counts_only)
     masks = [] if counts_only else problem.masks(state)
-    place = np.argsort(problem.order)
-    return masks, list(state.want[0].astype(jnp.int32)[place])
+    counts = state.want[0].astype(jnp.int32)[np.argsort(problem.order)]
+    return Found(masks, counts, problem.bad)
 
 
 @jax.jit
@@ -139,82 +164,6 @@ class _Shared(NamedTuple):
         return _exact.total(cost, self.bound)
 
 
-class Leaves:
-    """One cut for each leaf; the last axis of state arrays has an entry for each, part by part.
-
-    A part is one leaf, or small leaves of one kind and type stacked: the compiler takes as long for
-    a part as for a leaf. Leaves of one kind are expected to be sharded alike.
-    """
-
-    def __init__(
-        self,
-        leaves: Sequence[jax.Array],
-        sizes: Sequence[Any] | None = None,
-        kinds: Sequence[Any] | None = None,
-    ):
-        self.leaves, self.sizes, self.keys = tuple(leaves), sizes, Keys.of(leaves)
-        self.members = _counting.members(leaves, kinds)
-        self.order = np.concatenate(self.members)
-        self.parts = [jnp.stack([leaves[i] for i in members]) for members in self.members]
-        lengths = [len(members) for members in self.members]
-        self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
-
-    def zeros(self) -> Any:
-        """For the two cuts of every leaf, known to the compiler."""
-        return np.zeros((2, len(self.leaves)), np.uint32)
-
-    def whole(self) -> Any:
-        """How many weights each leaf holds."""
-        if self.sizes is None:
-            return np.array([[self.leaves[i].size for i in self.order]], np.uint32)
-        pairs = zip(self.leaves, self.sizes, strict=True)
-        weights = [_weighed(jnp.ones(u.shape, bool), n, tuple(range(u.ndim))) for u, n in pairs]
-        return jnp.stack(weights)[None]
-
-    def totals(self) -> jax.Array:
-        """Roughly the sum of the positive scores of each leaf, once for every weight."""
-        parts = self.parts
-        if self.sizes is not None:
-            parts = [
-                part * jnp.broadcast_to(jnp.asarray(size).astype(part.dtype), part.shape)
-                for part, size in zip(parts, self.sizes, strict=True)
-            ]
-        return _counting.totals_of(parts)
-
-    def tally(self, cuts: Cut, step: jax.Array) -> jax.Array:
-        """How many weights each of two cuts keeps."""
-        grain, sizes = self.keys.grain, self.sizes
-        if sizes is None or not any(np.ndim(size) for size in sizes):
-
-            def count(on_cpu, parts, cuts, step):
-                pairs = zip(parts, self.firsts, strict=True)
-                return [_count_at(part, cuts, i, step, on_cpu, grain) for part, i in pairs]
-
-            found = _counting.by_backend(count, self.parts, cuts, step)
-            counts = _counting.counts(lax.optimization_barrier(_counting.joined(found)))
-            return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
-        weighed = [
-            _weigh_at(part, cuts, place, step, size, grain)
-            for part, place, size in zip(self.parts, self.firsts, sizes, strict=True)
-        ]
-        return jnp.concatenate(weighed, 1)
-
-    def masks(self, state: Brackets) -> list[jax.Array]:
-        """What the guesses of a finished search keep, leaf by leaf."""
-
-        def keep(on_cpu, parts, cuts, step):
-            pairs = zip(parts, self.firsts, strict=True)
-            return [_mask_at(part, cuts, i, step, on_cpu, self.keys.grain) for part, i in pairs]
-
-        masks, most = {}, max(map(len, self.members))
-        places = lax.optimization_barrier([np.uint32(place) for place in range(most)])
-        kept = _counting.by_backend(keep, self.parts, state.answer(), state.step)
-        for part, members in zip(kept, self.members, strict=True):
-            for place, i in zip(places, members, strict=False):
-                masks[i] = _counting.pick(part, place, 1)[0]
-        return [masks[i] for i in range(len(self.leaves))]
-
-
 class _Slices:
     """One cut for each slice along ``axes``; the other axes of state arrays are the leaf's."""
 
@@ -228,6 +177,7 @@ class _Slices:
     def whole(self) -> Any:
         return np.uint32(math.prod(self.leaves[0].shape[axis] for axis in self.axes))
 
+    @property
     def totals(self) -> jax.Array:
         return _counting.totals(self.leaves[0], self.axes).astype(jnp.float32)[None]
 
@@ -238,45 +188,6 @@ class _Slices:
     def masks(self, state: Brackets) -> list[jax.Array]:
         keep = partial(_counting.keep, axes=self.axes, grain=self.keys.grain)
         return [_counting.by_backend(keep, self.leaves[0], state.answer(), state.step)]
-
-
-@partial(jax.jit, static_argnames=("on_cpu", "grain"))
-def _count_at(part, cuts, first, step, on_cpu, grain) -> _counting.Sums:
-    """What entries ``first`` and following of two cuts keep of a part.
-
-    ``first`` is a value to the compiler, so that parts of one shape share their code.
-    """
-    axes = tuple(range(1, part.ndim))
-    sums = _counting.count(on_cpu, part, entries(cuts, first, part), step, axes, grain)
-    return jax.tree.map(lambda x: x.reshape(2, len(part)), sums)
-
-
-@partial(jax.jit, static_argnames="grain")
-def _weigh_at(part, cuts, first, step, size, grain) -> jax.Array:
-    """The same in weights, of a part of units that hold ``size`` of them."""
-    axes = tuple(range(1, part.ndim))
-    views = _counting.views(part, entries(cuts, first, part), step, axes, grain)
-    return jnp.stack([_weighed(view, size, axes) for view in views])
-
-
-@partial(jax.jit, static_argnames=("on_cpu", "grain"))
-def _mask_at(part, cuts, first, step, on_cpu, grain) -> jax.Array:
-    axes = tuple(range(1, part.ndim))
-    kept = _counting.keep(on_cpu, part, entries(cuts, first, part), step, axes, grain)
-    alone = len(part) == 1 or _counting.few(part)
-    return kept if alone else lax.optimization_barrier(kept)
-
-
-def entries(cuts: Cut, first: jax.Array, part: jax.Array) -> Cut:
-    shape = (2, len(part), *[1] * (part.ndim - 1))
-    picked = _counting.pick(cuts, lax.optimization_barrier(first), len(part), axis=1)
-    return jax.tree.map(lambda x: x.reshape(shape), picked)
-
-
-def _weighed(view: jax.Array, size: Any, axes: tuple[int, ...]) -> jax.Array:
-    size = jnp.asarray(size).astype(jnp.uint32)
-    weights = view.astype(jnp.uint32) * jnp.broadcast_to(size, view.shape)
-    return jnp.sum(weights, axes, dtype=jnp.uint32)
 
 
 def _search(
@@ -340,7 +251,7 @@ def _start(problem: Leaves | _Slices, want: jax.Array | None, shared: _Shared | 
         zeros = sum((x * np.uint32(0) for x in given), zeros)
     zero = zeros[:1]
     size = zero + whole
-    total, weights = problem.totals(), (size | np.uint32(1)).astype(np.float32)
+    total, weights = problem.totals, (size | np.uint32(1)).astype(np.float32)
     if shared is not None:
         costs = np.array([shared.costs], np.float32)
         priced = total if shared.plain else total * costs

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import _checks, _exact, _lamp, _loops, _placement, _topk, _tree
-from jaxprune._typing import Counts, PyTree, Scores
+from jaxprune._typing import Counts, Masks, PyTree, Scores
 
 
 def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
@@ -119,8 +119,8 @@ def allocate_global(
       Han, Pool, Tran, Dally. Learning both Weights and Connections for Efficient Neural Networks,
       2015; Frankle, Carbin. The Lottery Ticket Hypothesis, 2019 (global pruning).
     """
-    _, keep = shared_selection(scores, sparsity, min_keep=min_keep, costs=costs, counts_only=True)
-    return keep
+    found = shared_selection(scores, sparsity, min_keep=min_keep, costs=costs, counts_only=True)
+    return _unflatten(scores, list(found.counts))
 
 
 def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
@@ -227,25 +227,23 @@ def shared_selection(
     *,
     min_keep: int = 1,
     costs: PyTree | None = None,
+    alive: Masks | None = None,
     counts_only: bool = False,
-) -> tuple[list[jax.Array], Counts]:
-    """The masks of ``allocate_global`` followed by ``mask_topk``, and its counts, in one search.
-
-    The masks come as a list, one for each governed leaf.
-    """
+) -> _topk.Found:
+    """``allocate_global`` followed by ``mask_topk``, in one search."""
     leaves = _governed(scores, sparsity, min_keep)
     prices, leaves = priced(scores, leaves, costs)
     floors = tuple(min(min_keep, leaf.size) for leaf in leaves)
     budget = priced_budget(sparsity, prices, [leaf.size for leaf in leaves], floors)
-    masks, keep = _topk.top_shared(
+    return _topk.top_shared(
         leaves,
         budget,
         costs=tuple(prices),
         floors=floors,
         kinds=_tree.kinds(scores),
+        alive=None if alive is None else jax.tree.leaves(alive),
         counts_only=counts_only,
     )
-    return masks, _unflatten(scores, keep)
 
 
 def priced(

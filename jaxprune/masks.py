@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _exact, _placement, _sums, _topk, _tree, allocation
+from jaxprune import _checks, _exact, _leaves, _placement, _sums, _topk, _tree, allocation
 from jaxprune._typing import Allocation, Counts, Masking, Masks, Params, PyTree, Scores
 
 
@@ -39,7 +39,7 @@ def mask_topk(scores: Scores, keep: Counts, *, axis: Any = None) -> Masks:
     check_scores(scores, keep)
     if axis is not None:
         return _tree.map_governed_with_path(_topk_along, scores, keep, axis_tree(scores, axis))
-    return _best(scores, jax.tree.leaves(_like(scores, keep)))
+    return _unflatten(scores, _best(scores, jax.tree.leaves(_like(scores, keep))).masks)
 
 
 def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks:
@@ -227,25 +227,68 @@ def unpack_masks(packed: PyTree, params: Params) -> Masks:
 
 
 def allocate_and_mask(scores: Scores, sparsity: Any, allocate: Allocation, mask: Masking) -> Masks:
-    """``mask(scores, allocate(scores, sparsity))``.
-
-    A global threshold is not looked for twice, and counts that come as a vector stay one.
-    """
+    """``mask(scores, allocate(scores, sparsity))``."""
     _checks.check_steps(allocate=allocate, mask=mask)
-    call, options = (
-        (allocate.func, allocate.keywords) if isinstance(allocate, partial) else (allocate, {})
-    )
-    if call is allocation.allocate_global and mask is mask_topk and not options.get("costs"):
-        masks, _ = allocation.shared_selection(scores, sparsity, **options)
-        return jax.tree.unflatten(jax.tree.structure(scores), masks)
-    if call is allocation.allocate_uniform and mask is mask_topk:
-        return _best(scores, allocation.uniform_counts(scores, sparsity, **options))
+    if mask is mask_topk:
+        return _unflatten(scores, _selection(scores, sparsity, allocate).masks)
     return mask(scores, allocate(scores, sparsity))
 
 
-def _best(scores: Scores, keep: Any) -> Masks:
-    """The masks of ``mask_topk``, from a list or vector with the count of each governed leaf."""
-    masks = _topk.top(jax.tree.leaves(scores), keep, kinds=_tree.kinds(scores))
+def shrink_masks(
+    masks: Masks, scores: Scores, sparsity: Any, allocate: Allocation, mask: Masking
+) -> tuple[Masks, jax.Array]:
+    """What is chosen of the masks, and whether a score of theirs is NaN: then nothing is pruned."""
+    if mask is mask_topk:
+        found = _selection(scores, sparsity, allocate, masks)
+        return _unflatten(scores, found.masks), found.bad
+    scores = bury(masks, scores)
+    kept = _tree.map_governed(jnp.logical_and, masks, mask(scores, allocate(scores, sparsity)))
+    bad = _leaves.any_nan(scores)
+    return unless(bad, kept, masks), bad
+
+
+def bury(masks: Masks, scores: Scores) -> Scores:
+    """Scores in which weights already pruned come last, so that exact counts stay exact."""
+    return _tree.map_governed(_leaves.burying(), masks, scores)
+
+
+def unless(bad: jax.Array, found: PyTree, previous: PyTree) -> PyTree:
+    """What was found, or what was before if the scores are bad: to be tried again."""
+    return jax.tree.map(lambda new, old: lax.select(bad, old, new), found, previous)
+
+
+def _selection(
+    scores: Scores, sparsity: Any, allocate: Allocation, alive: Masks | None = None
+) -> _topk.Found:
+    """Allocate and rank, among the weights that are alive.
+
+    A global threshold is not looked for twice, and counts that come as a vector stay one.
+    """
+    call, options = (
+        (allocate.func, allocate.keywords) if isinstance(allocate, partial) else (allocate, {})
+    )
+    if call is allocation.allocate_global and not options.get("costs"):
+        return allocation.shared_selection(scores, sparsity, alive=alive, **options)
+    if call is allocation.allocate_uniform:
+        keep = allocation.uniform_counts(scores, sparsity, **options)
+    else:
+        counts = allocate(scores if alive is None else bury(alive, scores), sparsity)
+        check_scores(scores, counts)
+        keep = jax.tree.leaves(_like(scores, counts))
+    return _best(scores, keep, alive)
+
+
+def _best(scores: Scores, keep: Any, alive: Masks | None = None) -> _topk.Found:
+    """``mask_topk`` of a list or vector with the count of each governed leaf."""
+    return _topk.top(
+        jax.tree.leaves(scores),
+        keep,
+        kinds=_tree.kinds(scores),
+        alive=None if alive is None else jax.tree.leaves(alive),
+    )
+
+
+def _unflatten(scores: Scores, masks: list[jax.Array]) -> Masks:
     return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
 

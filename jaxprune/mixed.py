@@ -114,7 +114,7 @@ def mask_mixed(
     ]
     prices, ranked = allocation.priced(scores, means, costs)
     floors = tuple(_floor(unit, tiling, min_keep) for unit, tiling in tilings)
-    kept, _ = _topk.top_shared(
+    found = _topk.top_shared(
         ranked,
         _budget(scores, sparsity, prices, floors),
         costs=tuple(prices),
@@ -123,7 +123,7 @@ def mask_mixed(
     )
     spread = [
         _placement.call_in_auto(lambda _, mask, t=tiling: t.spread(mask), leaf, mask)
-        for leaf, mask, (_, tiling) in zip(leaves, kept, tilings, strict=True)
+        for leaf, mask, (_, tiling) in zip(leaves, found.masks, tilings, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(scores), spread)
 

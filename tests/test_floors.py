@@ -18,6 +18,7 @@ FLOORS = {
     "_placement": 0,
     "_sums": 0,
     "_exact": 0,
+    "_leaves": 0,
     "_topk": 0,
     "_lamp": 0,
     "_jaxpr": 0,

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import _counting, _exact, _topk
+from jaxprune._leaves import Leaves
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 KINDS = ["normal", "ties", "special", "constant", "subnormal", "wide"]
@@ -50,15 +51,16 @@ def test_top_of_each_leaf(dtype, kind):
     rng = np.random.default_rng(0)
     for case in range(4):
         keep = [[0, leaf.size, 1, int(rng.integers(0, leaf.size))][case] for leaf in leaves]
-        for leaf, k, mask in zip(leaves, keep, _topk.top(leaves, keep), strict=True):
+        for leaf, k, mask in zip(leaves, keep, _topk.top(leaves, keep).masks, strict=True):
             np.testing.assert_array_equal(mask, oracle(leaf, k))
 
 
 def test_leaves_of_different_types_are_searched_together():
     leaves = [scores(s, d, "ties", 3) for s, d in zip(SHAPES, [*DTYPES, jnp.float32], strict=True)]
-    for leaf, mask in zip(leaves, _topk.top(leaves, [5, 100, 9, 50]), strict=True):
+    masks = _topk.top(leaves, [5, 100, 9, 50]).masks
+    for leaf, mask in zip(leaves, masks, strict=True):
         np.testing.assert_array_equal(mask, oracle(leaf, int(mask.sum())))
-    assert [int(mask.sum()) for mask in _topk.top(leaves, [5, 100, 9, 50])] == [5, 100, 9, 50]
+    assert [int(mask.sum()) for mask in masks] == [5, 100, 9, 50]
 
 
 @given(st.data())
@@ -67,7 +69,7 @@ def test_top_of_any_shape(data):
     kind = data.draw(st.sampled_from(KINDS))
     leaf = scores(shape, data.draw(st.sampled_from(DTYPES)), kind, data.draw(st.integers(0, 999)))
     keep = data.draw(st.integers(0, leaf.size))
-    np.testing.assert_array_equal(_topk.top([leaf], [keep])[0], oracle(leaf, keep))
+    np.testing.assert_array_equal(_topk.top([leaf], [keep]).masks[0], oracle(leaf, keep))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +79,9 @@ def test_top_of_doubles(kind):
             leaf = jnp.asarray(np.asarray(scores((40, 5), jnp.float32, kind, seed), np.float64))
             leaf = jnp.where(leaf > 0, leaf * np.float64(1 + 2.0**-40), leaf)
             for keep in (0, 1, 77, 200):
-                np.testing.assert_array_equal(_topk.top([leaf], [keep])[0], oracle(leaf, keep))
+                np.testing.assert_array_equal(
+                    _topk.top([leaf], [keep]).masks[0], oracle(leaf, keep)
+                )
 
 
 @pytest.mark.parametrize("floors", [(0, 0, 0, 0), (3, 1, 2, 20)])
@@ -93,10 +97,10 @@ def test_top_of_all_leaves_together(kind, floors):
     for budget in (26, 100, 1000, ranked.size - 1, ranked.size):
         want = np.zeros(ranked.size, bool)
         want[ranked[:budget]] = True
-        masks, counts = search(_exact.constant(budget))
+        masks, counts, _ = search(_exact.constant(budget))
         np.testing.assert_array_equal(np.concatenate([m.ravel() for m in masks]), want)
         assert [int(m.sum()) for m in masks] == [int(k) for k in counts]
-        _, alone = search(_exact.constant(budget), counts_only=True)
+        alone = search(_exact.constant(budget), counts_only=True).counts
         assert [int(k) for k in alone] == [int(k) for k in counts]
 
 
@@ -113,6 +117,36 @@ def test_stacked_leaves_are_as_leaves_alone(seed, costs):
     budget = _exact.constant(int(rng.integers(least, 250)))
     search = partial(_topk.top_shared, leaves, budget, costs=costs, floors=floors)
     jax.tree.map(np.testing.assert_array_equal, search(kinds=kinds), search())
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
+def test_what_is_kept_was_alive(kind):
+    """Whatever is asked for; and where a living score is NaN nothing is pruned."""
+    shapes, kinds = [(4, 5), (3, 7), (4, 5)], ("a", "b", "a")
+    leaves = [jnp.nan_to_num(scores(s, jnp.float32, kind, i)) for i, s in enumerate(shapes)]
+    leaves[0] = leaves[0].at[0].set(-jnp.inf)
+    rng = np.random.default_rng(0)
+    alive = [jnp.asarray(rng.random(shape) < 0.6) for shape in shapes]
+    pairs = list(zip(leaves, alive, strict=True))
+    least = jnp.finfo(jnp.float32).min
+    lowest = [jnp.where(m, jnp.maximum(x, least), -jnp.inf) for x, m in pairs]
+    leaves = [jnp.where(m, x, jnp.nan) for x, m in pairs]  # what the dead score is not looked at
+    for keep in ([0, 3, 9], [12, 21, 20]):
+        found = _topk.top(leaves, keep, kinds=kinds, alive=alive)
+        want = [oracle(x, k) & m for x, k, m in zip(lowest, keep, alive, strict=True)]
+        jax.tree.map(np.testing.assert_array_equal, found.masks, want)
+        assert not found.bad
+    shared = partial(_topk.top_shared, costs=(1,) * 3, floors=(1,) * 3)
+    budget = _exact.constant(17)
+    found = shared(leaves, budget, kinds=kinds, alive=alive)
+    jax.tree.map(np.testing.assert_array_equal, found.masks, shared(lowest, budget).masks)
+    leaves[1] = jnp.where(alive[1], jnp.nan, leaves[1])
+    for found in (
+        _topk.top(leaves, [1, 1, 1], kinds=kinds, alive=alive),
+        shared(leaves, budget, kinds=kinds, alive=alive),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found.masks, alive)
+        assert found.bad
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)])
@@ -214,7 +248,7 @@ def test_large_leaves_with_and_without_ties(kind):
     """Indices are compared only in passes among equal scores."""
     leaves = jnp.stack([scores((512, 1024), jnp.float32, kind, seed) for seed in range(2)])
     keep = leaves[0].size // 3
-    top = jax.jit(lambda leaf: _topk.top([leaf], [keep])[0])
+    top = jax.jit(lambda leaf: _topk.top([leaf], [keep]).masks[0])
     want = [oracle(leaf, keep) for leaf in leaves]
     for leaf, mask in zip(leaves, want, strict=True):
         np.testing.assert_array_equal(top(leaf), mask)
@@ -228,6 +262,6 @@ def test_few_passes_find_the_cut(kind, most):
     """A search that crawls is right in the end, and useless."""
     leaf = jnp.abs(scores((64, 512), jnp.float32, kind, 1))
     for keep in (1, 300, leaf.size // 2, leaf.size - 1):
-        problem = _topk.Leaves((leaf,))
+        problem = Leaves((leaf,))
         found = _topk._search(problem, jnp.array([[keep]], jnp.uint32))
         assert int(found.step) <= most

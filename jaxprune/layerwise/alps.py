@@ -91,7 +91,7 @@ def _solve(rows, gram, keep, damping, penalty, *, n_m, iterations, refinements):
 
         def project(x):
             size = jnp.where(alive[None, :], jnp.square(x), -1.0)
-            return mask_n_m(size, *n_m, axis=1) if n_m else _topk.top([size], [keep])[0]
+            return mask_n_m(size, *n_m, axis=1) if n_m else _topk.top([size], [keep]).masks[0]
 
         mask = _admm(dense, scaled, values, vectors, project, keep, penalty, iterations)
         inverse = _times(vectors / values[None, :], vectors.T)

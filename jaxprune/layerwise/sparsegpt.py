@@ -141,7 +141,7 @@ def _sweep(columns, factor, keep, n, n_m, block):
         if n_m is None:
             here = lax.dynamic_slice(real, (at,), (block,))
             scores = jnp.where(here[:, None], scores_of(weights, jnp.diagonal(square)), -1.0)
-            kept = _topk.top([scores], [keep[b]])[0]
+            kept = _topk.top([scores], [keep[b]]).masks[0]
 
         def do_strip(s, state):
             weights, kept, errors = state

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _checks, _counting, _tree
+from jaxprune import _checks, _tree
+from jaxprune._leaves import any_nan
 from jaxprune._typing import Params, PyTree, Saliency, Scores
 from jaxprune.saliency.weights import required_gradients
 
@@ -62,7 +63,7 @@ def accumulate(saliency: Saliency, decay: float) -> Accumulated:
         scores = _tree.map_governed(
             lambda old, s: old * jnp.asarray(decay, old.dtype) + s.astype(old.dtype), memory, fresh
         )
-        bad = _counting.any_nan(fresh)
+        bad = any_nan(fresh)
         return scores, jax.tree.map(lambda old, s: jnp.where(bad, old, s), memory, scores)
 
     return Accumulated(init, update)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import _checks, _counting, _tree
-from jaxprune._placement import filling, placed_like
-from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Scores, Trigger
-from jaxprune.masks import pack_masks, unpack_masks, zero_where_pruned
+from jaxprune import _checks, _tree
+from jaxprune._placement import placed_like
+from jaxprune._typing import Masks, Params, Prunable, PyTree, Saliency, Trigger
+from jaxprune.masks import pack_masks, unless, unpack_masks, zero_where_pruned
 from jaxprune.saliency.accumulate import check_criterion, memory_of, score
 from jaxprune.transforms._moments import (
     check_composes,
@@ -47,9 +47,10 @@ class PruningState(NamedTuple):
 
 
 Propose = Callable[..., tuple[Masks, Any, jax.Array]]
-"""``propose(old, step, *scores) -> (new masks, requested sparsity, whether scores are bad)``."""
-Remask = Callable[[Scores, jax.Array, Masks], tuple[Masks, Any]]
-"""``remask(scores, step, old masks) -> (new masks, requested sparsity)``."""
+"""``propose(old, step, *scores) -> (new masks, requested sparsity, whether scores are bad)``.
+
+Where scores are bad the new masks are the old ones.
+"""
 
 
 def masked_training(
@@ -112,7 +113,7 @@ def masked_training(
 
         def recompute():
             new, wanted, bad = propose(old, step, *(ask() for ask, _ in scored))
-            return keep_if(bad, (old, sparsity), (new, jnp.asarray(wanted, jnp.float32)))
+            return new, unless(bad, jnp.asarray(wanted, jnp.float32), sparsity), bad
 
         due = jnp.asarray(when(step)) | pending
         same = (old, sparsity, jnp.zeros_like(pending))
@@ -161,7 +162,7 @@ def masked_training(
 
 def shrinking(
     inner: optax.GradientTransformation,
-    remask: Remask,
+    propose: Propose,
     *,
     when: Trigger,
     saliency: Saliency,
@@ -171,14 +172,9 @@ def shrinking(
     key: jax.Array | None = None,
     packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transform whose masks only lose weights: at a trigger, ``masks & remask(scores)``."""
+    """A transform of one criterion that starts dense, and whose masks only lose weights."""
     _checks.check_steps(prunable=prunable)
     _checks.check_key(key, optional=True)
-
-    def propose(old, step, scores):
-        alive = bury(old, scores)
-        new, wanted = remask(alive, step, old)
-        return _tree.map_governed(jnp.logical_and, old, new), wanted, _counting.any_nan(alive)
 
     return masked_training(
         inner,
@@ -260,22 +256,6 @@ def common_type(u: jax.Array, p: jax.Array) -> Any:
         return jnp.promote_types(u.dtype, p.dtype)
 
 
-def keep_if(bad: jax.Array, previous: PyTree, found: PyTree) -> tuple[Any, ...]:
-    """``(*found, bad)``, or what was before if the scores are bad: to be tried again."""
-    chosen = jax.tree.map(lambda a, b: lax.select(bad, a, b), previous, found)
-    return *chosen, bad
-
-
 def key_at(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
     """A fresh key for every update."""
     return None if key is None else jax.random.fold_in(key, step)
-
-
-def bury(masks: Masks, scores: Scores) -> Scores:
-    """Scores in which weights already pruned come last, so that exact counts stay exact."""
-    least, below = filling(lambda dtype: jnp.finfo(dtype).min), filling(lambda _: -jnp.inf)
-
-    def last(mask, score):
-        return lax.select(mask, lax.max(score, least(score)), below(score))
-
-    return _tree.map_governed(last, masks, scores)

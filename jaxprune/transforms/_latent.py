@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _counting, _tree
+from jaxprune import _checks, _tree
+from jaxprune._leaves import any_nan
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, PyTree, Saliency, Trigger
-from jaxprune.masks import allocate_and_mask
+from jaxprune.masks import allocate_and_mask, unless
 from jaxprune.saliency.accumulate import check_criterion, memory_of, score
 from jaxprune.transforms._driver import (
     PruningState,
     check_state,
     check_update,
     common_type,
-    keep_if,
     key_at,
     starting_masks,
 )
@@ -85,7 +85,8 @@ def latent_training(
                 wider = jnp.minimum(_fraction(backward, step), wanted)
                 reach = allocate_and_mask(scores, wider, allocate, mask)
                 reach = jax.tree.map(jnp.logical_or, reach, found)
-            return keep_if(_counting.any_nan(scores), before, (found, reach, wanted))
+            bad = any_nan(scores)
+            return *unless(bad, (found, reach, wanted), before), bad
 
         due = jnp.asarray(when(step)) | pending
         same = (*before, jnp.zeros_like(pending))

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _counting
+from jaxprune import _checks
+from jaxprune._leaves import any_nan
 from jaxprune._tree import kernels
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, Saliency
 from jaxprune.allocation import allocate_global
-from jaxprune.masks import allocate_and_mask, mask_topk
+from jaxprune.masks import allocate_and_mask, mask_topk, unless
 from jaxprune.saliency.weights import magnitude
 from jaxprune.transforms._driver import key_at, masked_training, starting_masks
 
@@ -95,7 +96,8 @@ def ac_dc(
         now = jnp.asarray(compressed(step))
         new = jax.lax.cond(now, squeeze, release)
         wanted = jnp.where(now, jnp.asarray(sparsity, jnp.float32), 0.0)
-        return new, wanted, now & _counting.any_nan(scores)
+        bad = now & any_nan(scores)
+        return unless(bad, new, old), wanted, bad
 
     return masked_training(
         inner,

@@ -8,7 +8,7 @@ from jaxprune import _checks
 from jaxprune._tree import kernels
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, Saliency, Trigger
 from jaxprune.allocation import allocate_uniform
-from jaxprune.masks import allocate_and_mask, mask_topk
+from jaxprune.masks import mask_topk, shrink_masks
 from jaxprune.saliency.weights import magnitude
 from jaxprune.transforms._driver import shrinking
 
@@ -76,14 +76,14 @@ def prune_gradually(
     schedule = _checks.as_fraction(sparsity, "sparsity")
     _checks.check_steps(allocate=allocate, mask=mask)
 
-    def remask(scores, step, old):
-        del old
+    def propose(old, step, scores):
         wanted = jnp.clip(jnp.asarray(schedule(step), jnp.float32), 0.0, 1.0)
-        return allocate_and_mask(scores, wanted, allocate, mask), wanted
+        new, bad = shrink_masks(old, scores, wanted, allocate, mask)
+        return new, wanted, bad
 
     return shrinking(
         inner,
-        remask,
+        propose,
         when=when,
         saliency=saliency,
         prunable=prunable,

@@ -8,9 +8,9 @@ from jaxprune import _checks
 from jaxprune._tree import kernels
 from jaxprune._typing import Allocation, Masking, Masks, Prunable, Saliency, Trigger
 from jaxprune.allocation import allocate_global
-from jaxprune.masks import mask_topk
+from jaxprune.masks import bury, mask_topk
 from jaxprune.saliency.weights import gradient_magnitude, magnitude
-from jaxprune.transforms._driver import bury, masked_training, starting_masks
+from jaxprune.transforms._driver import masked_training, starting_masks
 from jaxprune.transforms.regrow import exchange
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _checks, _counting, _exact, _tree
+from jaxprune import _checks, _exact, _tree
+from jaxprune._leaves import any_nan
 from jaxprune._tree import kernels
 from jaxprune._typing import (
     Allocation,
@@ -19,9 +20,9 @@ from jaxprune._typing import (
     Trigger,
 )
 from jaxprune.allocation import allocate_erk
-from jaxprune.masks import mask_topk
+from jaxprune.masks import bury, mask_topk, unless
 from jaxprune.saliency.weights import random_saliency
-from jaxprune.transforms._driver import bury, masked_training, starting_masks
+from jaxprune.transforms._driver import masked_training, starting_masks
 
 
 def prune_and_grow(
@@ -112,14 +113,14 @@ def prune_and_grow(
 def exchange(
     old: Masks, drops: Scores, grows: Scores, keep: Counts, rate: Any, mask: Masking
 ) -> tuple[Masks, jax.Array]:
-    """Masks of ``keep`` weights, a share ``rate`` of them chosen by ``grows``; bad if NaN."""
+    """Masks of ``keep`` weights, a share ``rate`` of them chosen by ``grows``; old ones if NaN."""
     drops = bury(old, drops)
-    bad = _counting.any_nan(drops) | _counting.any_nan(grows)
+    bad = any_nan(drops) | any_nan(grows)
     rate = jnp.clip(jnp.asarray(rate, jnp.float32), 0.0, 1.0)
     alive = jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), old)
     stay = jax.tree.map(lambda k, n: jnp.minimum(k - _share(rate, k), n), keep, alive)
     survivors = mask(drops, stay)
-    return mask(_tree.map_governed(_first, survivors, grows), keep), bad
+    return unless(bad, mask(_tree.map_governed(_first, survivors, grows), keep), old), bad
 
 
 def _first(mask: jax.Array, score: jax.Array) -> jax.Array:

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 
 from jaxprune import _checks, _sums, _tree
+from jaxprune._leaves import any_nan
 from jaxprune._tree import kernels
 from jaxprune._typing import Prunable, Saliency, Trigger
-from jaxprune.masks import axis_tree, mask_threshold, mask_topk, resolve_axes
+from jaxprune.masks import axis_tree, bury, mask_threshold, mask_topk, resolve_axes, unless
 from jaxprune.saliency.weights import gradient_magnitude
 from jaxprune.transforms._driver import shrinking
 
@@ -62,18 +63,19 @@ def prune_below(
     _checks.check_min_keep(min_keep)
     schedule = _checks.as_schedule(threshold, "threshold", _check_threshold)
 
-    def remask(scores, step, old):
-        live = scores
+    def propose(old, step, scores):
+        scores = live = bury(old, scores)
         if axes is not None:
             live = _tree.map_governed(lambda s, m: jnp.where(m, s, 0), scores, old)
         kept = mask_threshold(live, schedule(step), axes=axes)
         best = _best(live, min_keep, axes)
         # Where nothing was ever kept there is nothing to save.
         new = _tree.map_governed(lambda k, b, m: (k | b) & m, kept, best, old)
-        return new, jnp.asarray(jnp.nan, jnp.float32)  # no sparsity was asked for
+        bad = any_nan(scores)
+        return unless(bad, new, old), jnp.nan, bad  # no sparsity was asked for
 
     return shrinking(
-        inner, remask, when=when, saliency=saliency, prunable=prunable, target=schedule
+        inner, propose, when=when, saliency=saliency, prunable=prunable, target=schedule
     )
 
 
