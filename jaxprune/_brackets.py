@@ -97,9 +97,7 @@ class Brackets(NamedTuple):
         """
         met = halves(self.kept)[1] == self.want
         once = jax.tree.map(partial(_loops.where, met), *reversed(halves(self.ends)))
-        # The barrier, here and in a guess, keeps the compiler from finding it for every leaf.
-        twice = jax.tree.map(lambda x: jnp.broadcast_to(x, self.kept.shape), once)
-        return lax.optimization_barrier(twice)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, self.kept.shape), once)
 
     def unfinished(self) -> jax.Array:
         """Whether any bracket is still to be narrowed."""

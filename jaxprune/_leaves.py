@@ -40,16 +40,12 @@ class Leaves:
         self.leaves, self.sizes, self.keys = tuple(leaves), sizes, Keys.of(leaves)
         self.members = _members(leaves, kinds)
         self.order = np.concatenate(self.members)
-        self.parts, self.alive = self._stacked(leaves), None
+        self.alive = alive
         if alive is not None:
-            self.alive = self._stacked(alive)
-            buried = list(map(burying(), self.alive, self.parts))
-            self.parts = lax.optimization_barrier(buried)
+            leaves = list(map(burying(), alive, leaves))
+        self.parts = [jnp.stack([leaves[i] for i in members]) for members in self.members]
         lengths = [len(members) for members in self.members]
         self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
-
-    def _stacked(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        return [jnp.stack([leaves[i] for i in members]) for members in self.members]
 
     def zeros(self) -> Any:
         """For the two cuts of every leaf, known to the compiler."""
@@ -109,13 +105,17 @@ class Leaves:
 
         masks, most = {}, max(map(len, self.members))
         places = lax.optimization_barrier([np.uint32(place) for place in range(most)])
-        kept = _counting.by_backend(keep, self.parts, state.answer(), state.step)
+        cuts = state.answer()
         if self.alive is not None:
-            kept = [lax.select(self.bad, a, a & k) for a, k in zip(self.alive, kept, strict=True)]
-            kept = lax.optimization_barrier(kept)  # or every leaf of a part finds it again
+            cuts = cuts._replace(
+                key=_loops.where(self.bad, self.keys.number(self.keys.end), cuts.key)
+            )
+        cuts = lax.optimization_barrier(cuts)  # or the compiler finds them for every part
+        kept = _counting.by_backend(keep, self.parts, cuts, state.step)
         for part, members in zip(kept, self.members, strict=True):
             for place, i in zip(places, members, strict=False):
-                masks[i] = _pick(part, place, 1)[0]
+                mask = _pick(part, place, 1)[0]
+                masks[i] = mask if self.alive is None else self.alive[i] & mask
         return [masks[i] for i in range(len(self.leaves))]
 
 

@@ -187,7 +187,8 @@ class _Slices:
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         keep = partial(_counting.keep, axes=self.axes, grain=self.keys.grain)
-        return [_counting.by_backend(keep, self.leaves[0], state.answer(), state.step)]
+        cuts = lax.optimization_barrier(state.answer())
+        return [_counting.by_backend(keep, self.leaves[0], cuts, state.step)]
 
 
 def _search(
@@ -227,7 +228,7 @@ def _search(
             over = lax.optimization_barrier(over)
             return narrow(state, guesses, over, counts, ranked.span), looking, spent
         now = lax.optimization_barrier(shared.spent(counts))
-        beyond = lax.optimization_barrier(_exact.less(shared.budget, now))
+        beyond = _exact.less(shared.budget, now)
         over = lax.optimization_barrier(_loops.where(looking, beyond, over))
         state = narrow(state, guesses, over, counts, ranked.span)
         spent = jax.tree.map(partial(within, beyond), spent, now)

@@ -285,7 +285,7 @@ def _budget(sparsity: Any, everything: int, least: int) -> _exact.Wide:
     kept = _exact.subtract(_exact.up_to(everything, _exact.constant(everything)), removed)
     kept = _exact.maximum(kept, _exact.up_to(everything, _exact.constant(least)))
     if kept.high is None:
-        return lax.optimization_barrier(kept)
+        return kept
     # Of two words in one array the compiler makes one kernel, of two arrays two, both with it all.
     return _exact.Wide(*lax.optimization_barrier(jnp.stack(kept)))
 

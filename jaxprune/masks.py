@@ -241,9 +241,9 @@ def shrink_masks(
     if mask is mask_topk:
         found = _selection(scores, sparsity, allocate, masks)
         return _unflatten(scores, found.masks), found.bad
-    scores = bury(masks, scores)
-    kept = _tree.map_governed(jnp.logical_and, masks, mask(scores, allocate(scores, sparsity)))
-    bad = _leaves.any_nan(scores)
+    buried = bury(masks, scores)
+    kept = _tree.map_governed(jnp.logical_and, masks, mask(buried, allocate(buried, sparsity)))
+    bad = _leaves.any_nan(buried)
     return unless(bad, kept, masks), bad
 
 
@@ -269,12 +269,13 @@ def _selection(
     )
     if call is allocation.allocate_global and not options.get("costs"):
         return allocation.shared_selection(scores, sparsity, alive=alive, **options)
+    keep: Any
     if call is allocation.allocate_uniform:
         keep = allocation.uniform_counts(scores, sparsity, **options)
     else:
-        counts = allocate(scores if alive is None else bury(alive, scores), sparsity)
-        check_scores(scores, counts)
-        keep = jax.tree.leaves(_like(scores, counts))
+        given = allocate(scores if alive is None else bury(alive, scores), sparsity)
+        check_scores(scores, given)
+        keep = jax.tree.leaves(_like(scores, given))
     return _best(scores, keep, alive)
 
 
