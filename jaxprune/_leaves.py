@@ -47,6 +47,13 @@ class Leaves:
         lengths = [len(members) for members in self.members]
         self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
 
+    @property
+    def rows(self) -> np.ndarray:
+        """How many entries of each leaf a cut may take whole."""
+        sizes = [_counting.row(x, tuple(range(1, x.ndim))) for x in self.parts]
+        lengths = [len(members) for members in self.members]
+        return np.repeat(np.array(sizes, np.uint32), lengths)[None]
+
     def zeros(self) -> Any:
         """For the two cuts of every leaf, known to the compiler."""
         return np.zeros((2, len(self.leaves)), np.uint32)
@@ -180,7 +187,13 @@ def burying() -> Callable[[jax.Array, jax.Array], jax.Array]:
     """
     least = _placement.filling(lambda dtype: jnp.finfo(dtype).min)
     below = _placement.filling(lambda _: -jnp.inf)
-    return lambda mask, score: lax.select(mask, lax.max(score, least(score)), below(score))
+
+    def bury(mask, score):
+        # Selected, since a maximum would flush subnormals.
+        finite = lax.select(score == below(score), least(score), score)
+        return lax.select(mask, finite, below(score))
+
+    return bury
 
 
 def any_nan(scores: PyTree) -> jax.Array:

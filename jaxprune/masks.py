@@ -238,6 +238,9 @@ def shrink_masks(
     masks: Masks, scores: Scores, sparsity: Any, allocate: Allocation, mask: Masking
 ) -> tuple[Masks, jax.Array]:
     """What is chosen of the masks, and whether a score of theirs is NaN: then nothing is pruned."""
+    scores = _tree.map_governed(
+        lambda _, score: score, masks, _fitting("scores", masks, scores, "masks")
+    )
     if mask is mask_topk:
         found = _selection(scores, sparsity, allocate, masks)
         return _unflatten(scores, found.masks), found.bad
@@ -337,7 +340,7 @@ def check_scores(scores: Scores, keep: Counts | None = None) -> None:
     _tree.map_governed_with_path(check, scores, _fitting("keep", scores, keep))
 
 
-def _fitting(what: str, scores: Scores, tree: PyTree) -> PyTree:
+def _fitting(what: str, scores: Scores, tree: PyTree, other: str = "scores") -> PyTree:
     """``tree``, which must have a value wherever ``scores`` has."""
     ours, theirs = _tree.structure(scores), _tree.structure(tree)
     missing = [
@@ -351,7 +354,7 @@ def _fitting(what: str, scores: Scores, tree: PyTree) -> PyTree:
     ]
     if ours != theirs or missing:
         raise ValueError(
-            f"{what} and scores have different trees, first at {[*missing, 'the root'][0]}; "
+            f"{what} and {other} have different trees, first at {[*missing, 'the root'][0]}; "
             f"{what} needs one entry for every governed leaf"
         )
     return tree

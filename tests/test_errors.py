@@ -181,6 +181,22 @@ def test_counts_out_of_range(keep):
         jp.mask_topk(SCORES, keep)
 
 
+def test_scores_that_do_not_fit():
+    """Scores of leaves that are not governed are left alone; a governed leaf without raises."""
+    params = {"w": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones((2, 3))}
+
+    def masks_by(saliency):
+        always = partial(jp.prune_gradually, optax.sgd(0.1), 0.5, when=jp.every(1))
+        tx = always(saliency=saliency)
+        return tx.update(params, tx.init(params), params)[1].masks
+
+    every = masks_by(lambda p, g, key=None: jax.tree.map(jnp.abs, params))
+    assert every["w"].tolist() == [[False] * 3, [True] * 3]
+    assert every["bias"] is None
+    with pytest.raises(ValueError, match="scores and masks have different trees, first at w"):
+        masks_by(lambda p, g, key=None: {"w": None, "bias": None})
+
+
 def test_counts_that_do_not_fit():
     with pytest.raises(ValueError, match="keep and scores have different trees"):
         jp.mask_topk(SCORES, {"dense": {"kernel": None, "bias": None}})

@@ -1,6 +1,6 @@
 """N:M, groups and blocks against brute force and NumPy loops; under jit, transforms and meshes."""
 
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, pairwise, product
 
 import jax
@@ -206,6 +206,18 @@ def test_blocks_by_loop(score, data):
         (np.float32(how(leaf[label == u])), int((label == u).sum())) for u in range(label.max() + 1)
     ]
     np.testing.assert_array_equal(mask, np.isin(label, list(best_prefix(units, keep))))
+
+
+@pytest.mark.parametrize("score", ["mean", "sum", "max"])
+@pytest.mark.parametrize("size", [16, 64, 512])
+def test_blocks_with_a_nan_go_first(size, score):
+    leaf = np.random.default_rng(0).random((size, size), np.float32)
+    leaf[-1, -1] = np.nan
+    mask = jax.jit(partial(jp.mask_blocks, block=8, score=score))(
+        {"w": jnp.asarray(leaf)}, {"w": size * size - 64}
+    )
+    assert not mask["w"][-8:, -8:].any()
+    assert int(mask["w"].sum()) == size * size - 64
 
 
 def test_heads_and_whole_leaves():

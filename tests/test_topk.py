@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import _counting, _exact, _topk
-from jaxprune._leaves import Leaves
+from jaxprune._leaves import Leaves, any_nan
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 KINDS = ["normal", "ties", "special", "constant", "subnormal", "wide"]
@@ -119,7 +119,7 @@ def test_stacked_leaves_are_as_leaves_alone(seed, costs):
     jax.tree.map(np.testing.assert_array_equal, search(kinds=kinds), search())
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "special", "subnormal"])
 def test_what_is_kept_was_alive(kind):
     """Whatever is asked for; and where a living score is NaN nothing is pruned."""
     shapes, kinds = [(4, 5), (3, 7), (4, 5)], ("a", "b", "a")
@@ -129,7 +129,7 @@ def test_what_is_kept_was_alive(kind):
     alive = [jnp.asarray(rng.random(shape) < 0.6) for shape in shapes]
     pairs = list(zip(leaves, alive, strict=True))
     least = jnp.finfo(jnp.float32).min
-    lowest = [jnp.where(m, jnp.maximum(x, least), -jnp.inf) for x, m in pairs]
+    lowest = [jnp.where(m, jnp.where(jnp.isinf(x) & (x < 0), least, x), -jnp.inf) for x, m in pairs]
     leaves = [jnp.where(m, x, jnp.nan) for x, m in pairs]  # what the dead score is not looked at
     for keep in ([0, 3, 9], [12, 21, 20]):
         found = _topk.top(leaves, keep, kinds=kinds, alive=alive)
@@ -147,6 +147,20 @@ def test_what_is_kept_was_alive(kind):
     ):
         jax.tree.map(np.testing.assert_array_equal, found.masks, alive)
         assert found.bad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (12000,), (700, 401), (512, 1024)])
+def test_one_nan_is_seen(shape, dtype):
+    """XLA on CPU may take a maximum and lose it."""
+    leaf = scores(shape, dtype, "normal", 0)
+    alive = jnp.ones(shape, bool).at[(0,) * len(shape)].set(False)
+    bad = jax.jit(lambda leaf: (any_nan([leaf]), _topk.top([leaf], [9], alive=[alive]).bad))
+    assert not any(bad(leaf))
+    assert all(bad(leaf.at[(7,) * len(shape)].set(jnp.nan)))
+    seen, living = bad(leaf.at[(0,) * len(shape)].set(jnp.nan))
+    assert seen
+    assert not living
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)])
@@ -210,25 +224,29 @@ def every_count(leaf, cuts, axes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axes", "split"),
+    ("shape", "axes", "split", "row"),
     [
-        ((2048, 2049), (0, 1), (0, 128, 2)),
-        ((2048, 2049), (1,), None),
-        ((2048 * 2049,), (0,), None),
-        ((1 << 22,), (0,), (0, 64, 8192)),
-        ((4, 1 << 20), (1,), (1, 64, 2048)),
-        ((3, 2048, 256), (0, 1), (1, 64, 4)),
+        ((2048, 2049), (0, 1), (0, 128, 2), 2049),
+        ((2048, 2049), (1, 0), (0, 128, 2), 2048),
+        ((2048, 2049), (1,), None, 1),
+        ((2048 * 2049,), (0,), None, 256),
+        ((1 << 22,), (0,), (0, 64, 8192), 8192),
+        ((4, 1 << 20), (1,), (1, 64, 2048), 2048),
+        ((3, 2048, 256), (0, 1), (1, 64, 4), 2048),
+        ((9, 1024, 8, 16), (0, 1, 2, 3), (1, 64, 2), 128),
     ],
 )
-def test_strips_of_large_leaves(shape, axes, split):
-    """Ends among equal scores too, which are all: every strip knows its place."""
+def test_strips_and_rows_of_large_leaves(shape, axes, split, row):
+    """Ends among equal scores too, which are all: every strip and every row knows its place."""
     leaf = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), jnp.float32)
     assert _counting.strips(leaf, axes) == split
+    assert _counting.row(leaf, axes) == row
     slices = [1 if a in axes else n for a, n in enumerate(shape)]
     apart = cuts_above((1, 0), slices)
     ends = np.random.default_rng(1).integers(0, leaf.size // math.prod(slices), apart.end.shape)
     index = np.asarray(_counting.indices(shape, axes, jnp.int32(0)))
-    for cuts in (apart, apart._replace(end=jnp.asarray(ends, jnp.uint32))):
+    for end in (np.zeros_like(ends), ends, ends - ends % row):
+        cuts = apart._replace(end=jnp.asarray(end, jnp.uint32))
         pairs = zip((1, 0), np.asarray(cuts.end), strict=True)
         kept = [(leaf > t) | ((leaf == t) & (index < end)) for t, end in pairs]
         want = [np.sum(x, axes, keepdims=True) for x in kept]

@@ -149,13 +149,21 @@ class Units(NamedTuple):
             wide = jnp.pad(wide, pads, constant_values=fill)
         split = [part for g, t in zip(self.grid, self.tile, strict=True) for part in (g, t)]
         inner = tuple(range(1, len(split), 2))
-        wide = _loops.fold(jnp.maximum if how == "max" else jnp.add, wide.reshape(split), inner)
-        if wide.shape[-1] > 1:
-            # The few entries left of the last axis come first: only sums of whole lines vectorise.
-            wide = jax.lax.optimization_barrier(jnp.moveaxis(wide, -1, 0))
-            inner = (0, *(axis + 1 for axis in inner[:-1]))
+
+        def folded(combine, x):
+            x, axes = _loops.fold(combine, x.reshape(split), inner), inner
+            if x.shape[-1] > 1:
+                # The few entries left of the last axis come first: only sums of lines vectorise.
+                x = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+                axes = (0, *(axis + 1 for axis in inner[:-1]))
+            return x, axes
+
         if how == "max":
-            return jnp.max(wide, inner).reshape(self.grid)
+            largest = jnp.max(*folded(jnp.maximum, wide))
+            # XLA on CPU may lose a NaN in a maximum.
+            nan = jnp.sum(*folded(jnp.add, jnp.where(jnp.isnan(wide), wide, 0.0)))
+            return (largest + nan).reshape(self.grid)
+        wide, inner = folded(jnp.add, wide)
         sums = _sums.reproducible_sum(wide, inner).reshape(self.grid)
         # A constant divisor would be turned into a factor, which rounds differently.
         sizes = jax.lax.optimization_barrier(jnp.asarray(self.sizes(), sums.dtype))
