@@ -149,13 +149,13 @@ def ranks(state: Brackets) -> Ranks:
     return Ranks(*(x.astype(jnp.float32) for x in sizes))
 
 
-def guess(keys: Keys, state: Brackets, ranks: Ranks, rows: np.ndarray) -> Cut:
+def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     """Two cuts, one to each side of where ``gain`` of the ``span`` weights in the bracket are kept.
 
     Zeros, often many, are told from what is above and below. Where the last pass took next to
     nothing away, many scores may be equal, and equal ones are round numbers more often than not:
     the cuts are then the first key, alone, and the roundest of the others. Brackets between round
-    numbers are halved by that. Among equal scores cuts first take whole ``rows``.
+    numbers are halved by that.
     """
     zero, one = keys.number(keys.zero), np.ones((), keys.dtype)
     (low, first), (high, _) = halves(state.ends)
@@ -182,7 +182,7 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks, rows: np.ndarray) -> Cut:
     both = _loops.where(holds, jnp.minimum(both, zero), both)
     round_ = _loops.where(last, _roundest(low, high - one), low + one)
     both = _loops.where(still & ~(tied | far | behind | holds), round_, both)
-    both = lax.optimization_barrier(_whole(both, tied, first, width, rows.astype(keys.dtype)))
+    both = lax.optimization_barrier(both)
     return lax.optimization_barrier(cuts_at(both, tied, low))
 
 
@@ -192,16 +192,6 @@ def inside(places: jax.Array, width: jax.Array) -> jax.Array:
     places = jnp.minimum(jnp.maximum(places, 0.0), extent).astype(width.dtype)
     least = jnp.minimum(width, np.ones((), width.dtype))
     return jnp.minimum(jnp.maximum(places, least), jnp.maximum(width - least, least))
-
-
-def _whole(
-    places: jax.Array, tied: jax.Array, first: jax.Array, width: jax.Array, rows: np.ndarray
-) -> jax.Array:
-    """Indices at the ends of rows, where a bracket of indices holds several rows."""
-    if (rows == 1).all():
-        return places
-    whole = jnp.maximum(places - places % rows, first + rows)
-    return _loops.where(tied & (width > rows), whole, places)
 
 
 def cuts_at(places: jax.Array, tied: jax.Array, key: jax.Array) -> Cut:

@@ -24,7 +24,6 @@ _DIGIT = 256
 _STRIPS_FROM = 1 << 18  # in leaves as large a pass takes longer than adding lines first
 _STRIPS = 8  # added as half bytes
 _HALF = 4  # bits
-_ROW = 64  # entries that pay for a bound of their own
 _LINE = 512  # entries of the last axis that stay together
 _STRIP = 8192  # entries in a row that a strip takes where it can: memory is read ahead in rows
 
@@ -116,12 +115,7 @@ def count(
         return count_bits(first, second, axes)
     if few(leaf):  # one sum over both, and half the code
         return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
-    shape = [1 if a in axes else n for a, n in enumerate(leaf.shape)]
-
-    def summed(first, second, axes):
-        return jax.tree.map(lambda x: x.reshape(2, *shape), count_bytes(first, second, axes))
-
-    return _by_rows(summed, leaf, cuts, step, axes, grain)
+    return _where_tied(partial(count_bytes, axes=axes), leaf, cuts, step, axes, grain)
 
 
 def keep(
@@ -132,71 +126,35 @@ def keep(
         return views(leaf, cuts, step, axes, grain)[0]
     if few(leaf):
         return _bytes(leaf, cuts, step, axes, grain)[0] > 0
-
-    def first_of(first, second, axes):
-        return first.reshape(leaf.shape)
-
-    return _by_rows(first_of, leaf, cuts, step, axes, grain)
+    return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
 
 
-def row(leaf: jax.Array, axes: tuple[int, ...]) -> int:
-    """How many entries of a large leaf, in a row along the last of ``axes``, a cut may take whole.
-
-    Of one axis rows are made if they do not cross shards. It is 1 where there are none.
-    """
-    if few(leaf) or _placement.explicitly_sharded(leaf):
-        return 1
-    for at in range(len(axes) - 1, 0, -1):
-        size = math.prod(leaf.shape[axis] for axis in axes[at:])
-        if size >= _ROW:
-            return size
-    size, n, shards = 1, leaf.shape[axes[0]], math.gcd(leaf.shape[axes[0]], jax.device_count())
-    while n % (2 * size * shards) == 0 and n // (2 * size) >= _LINE and 2 * size <= _STRIP:
-        size *= 2
-    return size if axes == (leaf.ndim - 1,) and size >= _ROW else 1
-
-
-def _by_rows(
-    read: Callable[[jax.Array, jax.Array, tuple[int, ...]], PyTree],
+def _where_tied(
+    read: Callable[[jax.Array, jax.Array], PyTree],
     leaf: jax.Array,
     cuts: Cut,
     step: jax.Array,
     axes: tuple[int, ...],
     grain: int,
 ) -> PyTree:
-    """``read`` the views of two cuts, without an index per entry where the cuts take whole rows.
+    """``read`` the views of two cuts, without indices where no cut is among equal scores.
 
-    A CPU takes half as long again to compare indices. Under Explicit axes they are always compared:
-    ``vmap`` of a branch selects with an unsharded condition, which jax refuses there.
+    Along an axis of millions a CPU takes longer to compare indices than for the rest of a pass.
+    Under Explicit axes they are always compared: ``vmap`` of a branch selects with an unsharded
+    condition, which jax refuses there.
     """
 
-    def rows(leaf, cuts, step):
-        inner = axes
-        if size > 1 and len(axes) == 1:
-            leaf = leaf.reshape(*leaf.shape[:-1], -1, size)
-            cuts, inner = jax.tree.map(lambda x: x[..., None], cuts), (axes[0], axes[0] + 1)
-        leaf, step = lax.optimization_barrier((leaf, step))
+    def plain(leaf, cuts, step):
+        leaf, _ = lax.optimization_barrier((leaf, step))
         key = order(leaf, cuts.key.dtype, grain)
-        if size == 1:
-            first, second = (key < cut.key for cut in cuts.both())
-            return read(first, second, inner)
-        outer, within = list(inner), 1
-        while within < size:
-            within *= leaf.shape[outer.pop()]
-        shape = tuple(1 if a in inner and a not in outer else n for a, n in enumerate(leaf.shape))
-        index = indices(shape, tuple(outer), step).astype(key.dtype) * np.asarray(size, key.dtype)
-        first, second = (kept(key, index, cut) for cut in cuts.both())
-        return read(first, second, inner)
+        return read(*(key < cut.key for cut in cuts.both()))
 
-    def entries(leaf, cuts, step):
-        first, second = views(leaf, cuts, step, axes, grain)
-        return read(first, second, axes)
+    def tied(leaf, cuts, step):
+        return read(*views(leaf, cuts, step, axes, grain))
 
     if _placement.explicitly_sharded(leaf):
-        return entries(leaf, cuts, step)
-    size = row(leaf, axes)
-    ends = cuts.end if size == 1 else cuts.end % np.asarray(size, cuts.end.dtype)
-    return lax.cond(jnp.any(ends > 0), entries, rows, leaf, cuts, step)
+        return tied(leaf, cuts, step)
+    return lax.cond(jnp.any(cuts.end > 0), tied, plain, leaf, cuts, step)
 
 
 def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:

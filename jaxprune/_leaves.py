@@ -47,13 +47,6 @@ class Leaves:
         lengths = [len(members) for members in self.members]
         self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
 
-    @property
-    def rows(self) -> np.ndarray:
-        """How many entries of each leaf a cut may take whole."""
-        sizes = [_counting.row(x, tuple(range(1, x.ndim))) for x in self.parts]
-        lengths = [len(members) for members in self.members]
-        return np.repeat(np.array(sizes, np.uint32), lengths)[None]
-
     def zeros(self) -> Any:
         """For the two cuts of every leaf, known to the compiler."""
         return np.zeros((2, len(self.leaves)), np.uint32)

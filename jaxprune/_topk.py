@@ -170,10 +170,6 @@ class _Slices:
     def __init__(self, leaf: jax.Array, axes: tuple[int, ...]):
         self.leaves, self.axes, self.keys = (leaf,), axes, Keys.of((leaf,))
 
-    @property
-    def rows(self) -> np.ndarray:
-        return np.full((1,) * (self.leaves[0].ndim + 1), _counting.row(self.leaves[0], self.axes))
-
     def zeros(self) -> Any:
         shape = (1 if axis in self.axes else n for axis, n in enumerate(self.leaves[0].shape))
         return jnp.zeros((2, *shape), jnp.uint32)
@@ -225,7 +221,7 @@ def _search(
             gain, span = (_exact.subtract(x, least) for x in (shared.budget, most))
             pooled = Ranks(*map(_exact.to_float, (least, gain, span, everything)))
             ranked = jax.tree.map(partial(_loops.where, looking), pooled, ranked)
-        guesses = guess(problem.keys, state, ranked, problem.rows)
+        guesses = guess(problem.keys, state, ranked)
         counts = lax.optimization_barrier(problem.tally(guesses, state.step))
         over = counts >= state.want
         if shared is None:

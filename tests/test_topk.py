@@ -224,29 +224,25 @@ def every_count(leaf, cuts, axes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axes", "split", "row"),
+    ("shape", "axes", "split"),
     [
-        ((2048, 2049), (0, 1), (0, 128, 2), 2049),
-        ((2048, 2049), (1, 0), (0, 128, 2), 2048),
-        ((2048, 2049), (1,), None, 1),
-        ((2048 * 2049,), (0,), None, 256),
-        ((1 << 22,), (0,), (0, 64, 8192), 8192),
-        ((4, 1 << 20), (1,), (1, 64, 2048), 2048),
-        ((3, 2048, 256), (0, 1), (1, 64, 4), 2048),
-        ((9, 1024, 8, 16), (0, 1, 2, 3), (1, 64, 2), 128),
+        ((2048, 2049), (0, 1), (0, 128, 2)),
+        ((2048, 2049), (1,), None),
+        ((2048 * 2049,), (0,), None),
+        ((1 << 22,), (0,), (0, 64, 8192)),
+        ((4, 1 << 20), (1,), (1, 64, 2048)),
+        ((3, 2048, 256), (0, 1), (1, 64, 4)),
     ],
 )
-def test_strips_and_rows_of_large_leaves(shape, axes, split, row):
-    """Ends among equal scores too, which are all: every strip and every row knows its place."""
+def test_strips_of_large_leaves(shape, axes, split):
+    """Ends among equal scores too, which are all: every strip knows its place."""
     leaf = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), jnp.float32)
     assert _counting.strips(leaf, axes) == split
-    assert _counting.row(leaf, axes) == row
     slices = [1 if a in axes else n for a, n in enumerate(shape)]
     apart = cuts_above((1, 0), slices)
     ends = np.random.default_rng(1).integers(0, leaf.size // math.prod(slices), apart.end.shape)
     index = np.asarray(_counting.indices(shape, axes, jnp.int32(0)))
-    for end in (np.zeros_like(ends), ends, ends - ends % row):
-        cuts = apart._replace(end=jnp.asarray(end, jnp.uint32))
+    for cuts in (apart, apart._replace(end=jnp.asarray(ends, jnp.uint32))):
         pairs = zip((1, 0), np.asarray(cuts.end), strict=True)
         kept = [(leaf > t) | ((leaf == t) & (index < end)) for t, end in pairs]
         want = [np.sum(x, axes, keepdims=True) for x in kept]
