@@ -125,8 +125,10 @@ def exchange(
 
 def _first(mask: jax.Array, score: jax.Array) -> jax.Array:
     """Scores in which survivors come first."""
-    others = jnp.minimum(score, jnp.asarray(jnp.finfo(score.dtype).max, score.dtype))
-    return jnp.where(mask, jnp.asarray(jnp.inf, score.dtype), others)
+    infinite = jnp.asarray(jnp.inf, score.dtype)
+    largest = jnp.asarray(jnp.finfo(score.dtype).max, score.dtype)
+    # Selected, since a minimum would flush subnormals.
+    return jnp.where(mask, infinite, jnp.where(score == infinite, largest, score))
 
 
 def _share(rate: jax.Array, kept: jax.Array) -> jax.Array:
