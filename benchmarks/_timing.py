@@ -26,6 +26,8 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
+        # NumPy asks the kernel for them itself; malloc, and with it XLA, only if it is told to.
+        "large pages": "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 
