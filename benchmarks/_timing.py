@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 from tqdm import tqdm
+
+_LARGE = "glibc.malloc.hugetlb=1"
 
 
 def machine() -> dict[str, Any]:
@@ -26,9 +29,18 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
-        # NumPy asks the kernel for them itself; malloc, and with it XLA, only if it is told to.
-        "large pages": "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""),
+        "large pages": _LARGE in os.environ.get("GLIBC_TUNABLES", ""),
     }
+
+
+def with_large_pages() -> None:
+    """Start anew with a malloc that asks for large pages, unless ``GLIBC_TUNABLES`` is set.
+
+    NumPy asks Linux for them itself; malloc, and with it XLA, only if it is told to.
+    """
+    if "GLIBC_TUNABLES" not in os.environ:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"GLIBC_TUNABLES": _LARGE})
 
 
 def interleaved(

@@ -124,4 +124,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    _timing.with_large_pages()
     main()
