@@ -38,7 +38,7 @@ def with_large_pages() -> None:
 
     NumPy asks Linux for them itself; malloc, and with it XLA, only if it is told to.
     """
-    if "GLIBC_TUNABLES" not in os.environ:
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, os.environ | {"GLIBC_TUNABLES": _LARGE})
 

@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
     Attributes:
       masks: of each leaf.
-      counts: how many weights each leaf keeps, int32.
+      counts: how many weights each leaf is to keep, int32.
       bad: whether a score is NaN, of those alive.
     """
 

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -45,6 +45,11 @@ def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves of ``tree``, ``None`` among them, each with its path."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]
     return [(path_str(path), leaf) for path, leaf in pairs]
+
+
+def unflatten(tree: PyTree, leaves: Iterable[Any]) -> PyTree:
+    """A tree like ``tree`` with these leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def map_governed(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

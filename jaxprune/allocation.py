@@ -44,7 +44,7 @@ def allocate_uniform(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Cou
       Balinski, Young. Fair Representation: Meeting the Ideal of One Man, One Vote, 1982 (Webster's
       method).
     """
-    return _unflatten(scores, list(uniform_counts(scores, sparsity, min_keep=min_keep)))
+    return _tree.unflatten(scores, list(uniform_counts(scores, sparsity, min_keep=min_keep)))
 
 
 def uniform_counts(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> jax.Array:
@@ -83,7 +83,7 @@ def allocate_erk(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
     """
     leaves = _governed(scores, sparsity, min_keep)
     weights = [sum(leaf.shape) or 1 for leaf in leaves]
-    return _unflatten(scores, list(_split(leaves, sparsity, weights, min_keep)))
+    return _tree.unflatten(scores, list(_split(leaves, sparsity, weights, min_keep)))
 
 
 def allocate_global(
@@ -120,7 +120,7 @@ def allocate_global(
       2015; Frankle, Carbin. The Lottery Ticket Hypothesis, 2019 (global pruning).
     """
     found = shared_selection(scores, sparsity, min_keep=min_keep, costs=costs, counts_only=True)
-    return _unflatten(scores, list(found.counts))
+    return _tree.unflatten(scores, list(found.counts))
 
 
 def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
@@ -157,7 +157,7 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
     _, floors, budget = _bounds(leaves, sparsity, min_keep)
     find = partial(_lamp.layer_adaptive, floors=floors, kinds=_tree.kinds(scores))
     kept = _placement.call_in_auto(find, leaves, budget, small=True)
-    return _unflatten(scores, list(kept))
+    return _tree.unflatten(scores, list(kept))
 
 
 def allocate_owl(
@@ -205,7 +205,7 @@ def allocate_owl(
         return scores
     kept = 1 - jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1)
     weights = _owl([_tree.widen(leaf) for leaf in leaves], kept, outlier, spread)
-    return _unflatten(scores, list(_split(leaves, sparsity, weights, min_keep)))
+    return _tree.unflatten(scores, list(_split(leaves, sparsity, weights, min_keep)))
 
 
 @jax.jit
@@ -272,11 +272,6 @@ def _governed(scores: Scores, sparsity: Any, min_keep: int) -> list[jax.Array]:
         if leaf is not None:
             _tree.check_prunable(path, leaf)
     return jax.tree.leaves(scores)
-
-
-def _unflatten(scores: Scores, values: Sequence[Any]) -> PyTree:
-    """One value for each governed leaf, in a tree like ``scores``."""
-    return jax.tree.unflatten(jax.tree.structure(scores), values)
 
 
 @partial(jax.jit, static_argnames=("everything", "least"))

@@ -361,4 +361,4 @@ def _wide(traced, i):
 def _unflatten(params: Params, values: dict[int, Any]) -> PyTree:
     """A tree like ``params`` of the values for numbered leaves, ``None`` elsewhere."""
     count = len(jax.tree.leaves(params))
-    return jax.tree.unflatten(jax.tree.structure(params), [values.get(i) for i in range(count)])
+    return _tree.unflatten(params, [values.get(i) for i in range(count)])

@@ -39,7 +39,7 @@ def mask_topk(scores: Scores, keep: Counts, *, axis: Any = None) -> Masks:
     check_scores(scores, keep)
     if axis is not None:
         return _tree.map_governed_with_path(_topk_along, scores, keep, axis_tree(scores, axis))
-    return _unflatten(scores, _best(scores, jax.tree.leaves(_like(scores, keep))).masks)
+    return _tree.unflatten(scores, _best(scores, jax.tree.leaves(_like(scores, keep))).masks)
 
 
 def mask_threshold(scores: Scores, threshold: Any, *, axes: Any = None) -> Masks:
@@ -230,7 +230,7 @@ def allocate_and_mask(scores: Scores, sparsity: Any, allocate: Allocation, mask:
     """``mask(scores, allocate(scores, sparsity))``."""
     _checks.check_steps(allocate=allocate, mask=mask)
     if mask is mask_topk:
-        return _unflatten(scores, _selection(scores, sparsity, allocate).masks)
+        return _tree.unflatten(scores, _selection(scores, sparsity, allocate).masks)
     return mask(scores, allocate(scores, sparsity))
 
 
@@ -238,12 +238,10 @@ def shrink_masks(
     masks: Masks, scores: Scores, sparsity: Any, allocate: Allocation, mask: Masking
 ) -> tuple[Masks, jax.Array]:
     """What is chosen of the masks, and whether a score of theirs is NaN: then nothing is pruned."""
-    scores = _tree.map_governed(
-        lambda _, score: score, masks, _fitting("scores", masks, scores, "masks")
-    )
+    scores = _like(masks, _fitting("scores", masks, scores, "masks"))
     if mask is mask_topk:
         found = _selection(scores, sparsity, allocate, masks)
-        return _unflatten(scores, found.masks), found.bad
+        return _tree.unflatten(scores, found.masks), found.bad
     buried = bury(masks, scores)
     kept = _tree.map_governed(jnp.logical_and, masks, mask(buried, allocate(buried, sparsity)))
     bad = _leaves.any_nan(buried)
@@ -290,10 +288,6 @@ def _best(scores: Scores, keep: Any, alive: Masks | None = None) -> _topk.Found:
         kinds=_tree.kinds(scores),
         alive=None if alive is None else jax.tree.leaves(alive),
     )
-
-
-def _unflatten(scores: Scores, masks: list[jax.Array]) -> Masks:
-    return jax.tree.unflatten(jax.tree.structure(scores), masks)
 
 
 def where_kept(leaf: jax.Array, mask: jax.Array) -> jax.Array:
@@ -360,8 +354,9 @@ def _fitting(what: str, scores: Scores, tree: PyTree, other: str = "scores") -> 
     return tree
 
 
-def _like(scores: Scores, keep: Counts) -> Counts:
-    return _tree.map_governed(lambda _, k: k, scores, keep)
+def _like(governed: PyTree, tree: PyTree) -> PyTree:
+    """``tree`` where another is governed."""
+    return _tree.map_governed(lambda _, leaf: leaf, governed, tree)
 
 
 def axis_tree(scores: Scores, axis: Any) -> PyTree:

@@ -125,7 +125,7 @@ def mask_mixed(
         _placement.call_in_auto(lambda _, mask, t=tiling: t.spread(mask), leaf, mask)
         for leaf, mask, (_, tiling) in zip(leaves, found.masks, tilings, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(scores), spread)
+    return _tree.unflatten(scores, spread)
 
 
 def _tilings(
