@@ -21,7 +21,8 @@ from jaxprune._typing import PyTree
 
 _EXACT = 1 << 24  # whole numbers up to here are floats
 _DIGIT = 256
-_STRIPS_FROM = 1 << 18  # in leaves as large a pass takes longer than adding lines first
+_FEW = 1 << 18  # over as many entries a pass takes longer than its code takes to compile
+_MANY = 8  # leaves stacked: as many times more entries are few
 _STRIPS = 8  # added as half bytes
 _HALF = 4  # bits
 _LINE = 512  # entries of the last axis that stay together
@@ -86,9 +87,9 @@ def views(
     return [kept(key, index, cut) for cut in cuts.both()]
 
 
-def few(leaf: jax.Array) -> bool:
-    """Whether a pass over a leaf takes less time than its code takes to compile."""
-    return leaf.size < _STRIPS_FROM
+def few(entries: int, stacked: int = 1) -> bool:
+    """Whether a pass over so many, of leaves stacked, takes less time than to compile its code."""
+    return entries < _FEW * min(stacked, _MANY)
 
 
 def halves(pair: PyTree) -> tuple[PyTree, PyTree]:
@@ -107,24 +108,36 @@ def by_backend(f: Callable[..., PyTree], *args: Any) -> PyTree:
 
 
 def count(
-    on_cpu: bool, leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+    on_cpu: bool,
+    leaf: jax.Array,
+    cuts: Cut,
+    step: jax.Array,
+    axes: tuple[int, ...],
+    grain: int,
+    stacked: int = 1,
 ) -> Sums:
     """How many entries two cuts keep along ``axes``, which stay with size 1."""
     if not on_cpu:
         first, second = views(leaf, cuts, step, axes, grain)
         return count_bits(first, second, axes)
-    if few(leaf):  # one sum over both, and half the code
+    if few(leaf.size, stacked):  # one sum over both, and half the code
         return Sums(*_sum(_bytes(leaf, cuts, step, axes, grain), tuple(a + 1 for a in axes)))
     return _where_tied(partial(count_bytes, axes=axes), leaf, cuts, step, axes, grain)
 
 
 def keep(
-    on_cpu: bool, leaf: jax.Array, cuts: Cut, step: jax.Array, axes: tuple[int, ...], grain: int
+    on_cpu: bool,
+    leaf: jax.Array,
+    cuts: Cut,
+    step: jax.Array,
+    axes: tuple[int, ...],
+    grain: int,
+    stacked: int = 1,
 ) -> jax.Array:
     """What two equal cuts keep; of few entries by the code that counted them."""
     if not on_cpu:
         return views(leaf, cuts, step, axes, grain)[0]
-    if few(leaf):
+    if few(leaf.size, stacked):
         return _bytes(leaf, cuts, step, axes, grain)[0] > 0
     return _where_tied(lambda first, second: first, leaf, cuts, step, axes, grain)
 
@@ -260,16 +273,17 @@ def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
     Strips are contiguous in memory, and of one device: what may be the number of shards goes on
     dividing that of sums.
     """
-    if _placement.explicitly_sharded(leaf) or few(leaf):
+    if _placement.explicitly_sharded(leaf) or few(leaf.size):
         return None
+    whole = _loops.SHARDS if jax.device_count() > 1 else 1
     for axis in axes:
         last = axis == leaf.ndim - 1
         line, entries = (_LINE, 1) if last else (1, math.prod(leaf.shape[axis + 1 :]))
         shards = math.gcd(leaf.shape[axis], jax.device_count())
         sums = leaf.shape[axis] // (line * _STRIPS)
-        if leaf.shape[axis] % (line * _STRIPS * shards) or sums < _loops.SHARDS:
+        if leaf.shape[axis] % (line * _STRIPS * shards) or sums < whole:
             continue
-        least = math.lcm(_loops.SHARDS, shards)
+        least = math.lcm(whole, shards)
         while sums % (2 * least) == 0 and 2 * line * entries <= _STRIP:
             sums, line = sums // 2, 2 * line
         return Strips(axis, sums, line)

@@ -95,7 +95,7 @@ class _Lamp:
         floors: tuple[int, ...],
         kinds: tuple[Any, ...] | None,
     ):
-        self.leaves = Leaves(leaves, kinds=kinds)
+        self.leaves = Leaves(leaves, kinds=kinds, shaped=True)
         self.keys, self.rank = self.leaves.keys, self.leaves.order
         self.bound = sum(leaf.size for leaf in leaves)
         self.budget = _exact.up_to(self.bound, budget)

@@ -1,8 +1,9 @@
 """The leaves that a search goes over: cuts of all are counted in a pass, small leaves stacked."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,16 @@ _STACKED = 1 << 17  # copying a larger leaf costs more than the code that it sav
 class Leaves:
     """One cut for each leaf; the last axis of state arrays has an entry for each, part by part.
 
-    A part is one leaf, or small leaves of one kind and type stacked: the compiler takes as long for
-    a part as for a leaf. Leaves of one kind are expected to be sharded alike.
+    A part is one leaf, or small leaves stacked: the compiler takes as long for a part as for a
+    leaf. Those of one kind and type are stacked, which are expected to be sharded alike; on one
+    device, where nothing is sharded, those of one type are, flat and padded.
 
     Args:
       leaves: scores.
       sizes: for each leaf how many weights its units hold, one number or one for each unit.
       kinds: of leaves; small ones of one kind are stacked.
       alive: masks of the weights that may be kept.
+      shaped: whether stacked leaves must keep their shape.
     """
 
     def __init__(
@@ -36,15 +39,17 @@ class Leaves:
         sizes: Sequence[Any] | None = None,
         kinds: Sequence[Any] | None = None,
         alive: Sequence[jax.Array] | None = None,
+        *,
+        shaped: bool = False,
     ):
         self.leaves, self.sizes, self.keys = tuple(leaves), sizes, Keys.of(leaves)
-        self.members = _members(leaves, kinds)
-        self.order = np.concatenate(self.members)
+        self.stacks = _stacks(leaves, kinds, shaped=shaped)
+        self.order = np.concatenate([stack.members for stack in self.stacks])
         self.alive = alive
         if alive is not None:
             leaves = list(map(burying(), alive, leaves))
-        self.parts = [jnp.stack([leaves[i] for i in members]) for members in self.members]
-        lengths = [len(members) for members in self.members]
+        self.parts = [stack.of(leaves) for stack in self.stacks]
+        lengths = [len(stack.members) for stack in self.stacks]
         self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
 
     def zeros(self) -> Any:
@@ -62,7 +67,10 @@ class Leaves:
     @cached_property
     def totals(self) -> jax.Array:
         """Roughly the sum of the positive scores of each leaf, once for every weight."""
-        parts = self.parts
+        parts = [
+            stack.unpadded(part, self.leaves)
+            for stack, part in zip(self.stacks, self.parts, strict=True)
+        ]
         if self.sizes is not None:
             parts = [
                 part * jnp.broadcast_to(jnp.asarray(size).astype(part.dtype), part.shape)
@@ -103,7 +111,7 @@ class Leaves:
             pairs = zip(parts, self.firsts, strict=True)
             return [_mask_at(part, cuts, i, step, on_cpu, self.keys.grain) for part, i in pairs]
 
-        masks, most = {}, max(map(len, self.members))
+        masks, most = {}, max(len(stack.members) for stack in self.stacks)
         places = lax.optimization_barrier([np.uint32(place) for place in range(most)])
         cuts = state.answer()
         if self.alive is not None:
@@ -112,9 +120,9 @@ class Leaves:
             )
         cuts = lax.optimization_barrier(cuts)  # or the compiler finds them for every part
         kept = _counting.by_backend(keep, self.parts, cuts, state.step)
-        for part, members in zip(kept, self.members, strict=True):
-            for place, i in zip(places, members, strict=False):
-                mask = _pick(part, place, 1)[0]
+        for part, stack in zip(kept, self.stacks, strict=True):
+            for place, i in zip(places, stack.members, strict=False):
+                mask = stack.entry(part, place, self.leaves[i].shape)
                 masks[i] = mask if self.alive is None else self.alive[i] & mask
         return [masks[i] for i in range(len(self.leaves))]
 
@@ -126,7 +134,8 @@ def _count_at(part, cuts, first, step, on_cpu, grain) -> _counting.Sums:
     ``first`` is a value to the compiler, so that parts of one shape share their code.
     """
     axes = tuple(range(1, part.ndim))
-    sums = _counting.count(on_cpu, part, entries(cuts, first, part), step, axes, grain)
+    cuts = entries(cuts, first, part)
+    sums = _counting.count(on_cpu, part, cuts, step, axes, grain, len(part))
     return jax.tree.map(lambda x: x.reshape(2, len(part)), sums)
 
 
@@ -141,8 +150,9 @@ def _weigh_at(part, cuts, first, step, size, grain) -> jax.Array:
 @partial(jax.jit, static_argnames=("on_cpu", "grain"))
 def _mask_at(part, cuts, first, step, on_cpu, grain) -> jax.Array:
     axes = tuple(range(1, part.ndim))
-    kept = _counting.keep(on_cpu, part, entries(cuts, first, part), step, axes, grain)
-    alone = len(part) == 1 or _counting.few(part)
+    cuts = entries(cuts, first, part)
+    kept = _counting.keep(on_cpu, part, cuts, step, axes, grain, len(part))
+    alone = len(part) == 1 or _counting.few(part.size, len(part))
     return kept if alone else lax.optimization_barrier(kept)
 
 
@@ -163,14 +173,70 @@ def _pick(tree: PyTree, first: Any, size: int, axis: int = 0) -> PyTree:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, axis), tree)
 
 
-def _members(leaves: Sequence[jax.Array], kinds: Sequence[Any] | None) -> list[list[int]]:
-    """Which leaves are stacked: small ones of one kind and type."""
+class _Stack(NamedTuple):
+    """Leaves stacked, flat and padded with NaN to a ``length`` where there is one."""
+
+    members: list[int]
+    length: int | None = None
+
+    def of(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """The part. NaN comes last, and behind the last index: no guess keeps what is padded."""
+        return jnp.stack([self._laid(leaves[i]) for i in self.members])
+
+    def _laid(self, leaf: jax.Array) -> jax.Array:
+        if self.length is None:
+            return leaf
+        nan = np.array(np.nan, leaf.dtype)
+        return lax.pad(leaf.reshape(-1), nan, [(0, self.length - leaf.size, 0)])
+
+    def unpadded(self, part: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+        """The part with zeros behind the leaves."""
+        sizes = np.array([[leaves[i].size] for i in self.members], np.uint32)
+        if self.length is None or np.all(sizes == self.length):
+            return part
+        place = lax.broadcasted_iota(jnp.uint32, part.shape, 1)
+        inside = place < jnp.broadcast_to(sizes, part.shape)
+        return lax.select(inside, part, jnp.zeros_like(part))
+
+    def entry(self, part: jax.Array, place: Any, shape: tuple[int, ...]) -> jax.Array:
+        """The leaf of that shape at a place."""
+        (leaf,) = _pick(part, place, 1)
+        return leaf if self.length is None else leaf[: math.prod(shape)].reshape(shape)
+
+
+def _stacks(
+    leaves: Sequence[jax.Array], kinds: Sequence[Any] | None, *, shaped: bool
+) -> list[_Stack]:
+    """Which leaves are stacked: small ones."""
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        alone = kinds is None or leaf.size > _STACKED
-        key = i if alone else (kinds[i], jax.typeof(leaf))  # type: ignore[index]
+        key: Any = i
+        if kinds is not None and leaf.size <= _STACKED:
+            fixed = shaped or not _placement.alone(leaf)
+            key = (kinds[i], jax.typeof(leaf)) if fixed else leaf.dtype
         found.setdefault(key, []).append(i)
-    return list(found.values())
+    stacks = []
+    for key, members in found.items():
+        if isinstance(key, np.dtype):
+            stacks += _padded(members, leaves)
+        else:
+            stacks.append(_Stack(members))
+    return stacks
+
+
+def _padded(members: Sequence[int], leaves: Sequence[jax.Array]) -> list[_Stack]:
+    """Leaves in stacks: of one size, or padded, to no more than four times, while all are few."""
+    stacks: list[_Stack] = []
+    longest = 0
+    for i in sorted(members, key=lambda i: -leaves[i].size):
+        size, many = leaves[i].size, len(stacks[-1].members) + 1 if stacks else 1
+        joins = _counting.few(many * longest, many if 4 * size >= longest else 1)
+        if stacks and (size == longest or joins):
+            stacks[-1].members.append(i)
+        else:
+            stacks.append(_Stack([i], size))
+            longest = size
+    return stacks
 
 
 def burying() -> Callable[[jax.Array, jax.Array], jax.Array]:

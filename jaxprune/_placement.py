@@ -22,6 +22,11 @@ def typed_by_mesh(x: Any) -> bool:
     return bool(varies) or explicitly_sharded(x)
 
 
+def alone(x: Any) -> bool:
+    """Whether ``x`` is whole, since there is one device: it may be reshaped at no cost."""
+    return jax.device_count() == 1 and not typed_by_mesh(x)
+
+
 def full_like(leaf: jax.Array, value: Any) -> jax.Array:
     """One value in the shape and type of ``leaf``, and sharded so where the type says how."""
     full = lax.full(jnp.shape(leaf), value, leaf.dtype)
