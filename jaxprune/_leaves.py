@@ -181,13 +181,16 @@ class _Stack(NamedTuple):
 
     def of(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The part. NaN comes last, and behind the last index: no guess keeps what is padded."""
-        return jnp.stack([self._laid(leaves[i]) for i in self.members])
-
-    def _laid(self, leaf: jax.Array) -> jax.Array:
         if self.length is None:
-            return leaf
-        nan = np.array(np.nan, leaf.dtype)
-        return lax.pad(leaf.reshape(-1), nan, [(0, self.length - leaf.size, 0)])
+            return jnp.stack([leaves[i] for i in self.members])
+        rows = [leaves[i].reshape(-1) for i in self.members]
+        dtype, nan = rows[0].dtype, np.array(np.nan, rows[0].dtype)
+        half = dtype.itemsize == 2
+        if half:  # as bits: a kernel that selects half floats may flush subnormals
+            rows = [lax.bitcast_convert_type(row, jnp.uint16) for row in rows]
+            nan = nan.view(np.uint16)
+        part = jnp.stack([lax.pad(row, nan, [(0, self.length - row.size, 0)]) for row in rows])
+        return lax.bitcast_convert_type(part, dtype) if half else part
 
     def unpadded(self, part: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
         """The part with zeros behind the leaves."""
