@@ -67,10 +67,7 @@ class Leaves:
     @cached_property
     def totals(self) -> jax.Array:
         """Roughly the sum of the positive scores of each leaf, once for every weight."""
-        parts = [
-            stack.unpadded(part, self.leaves)
-            for stack, part in zip(self.stacks, self.parts, strict=True)
-        ]
+        parts = self.parts
         if self.sizes is not None:
             parts = [
                 part * jnp.broadcast_to(jnp.asarray(size).astype(part.dtype), part.shape)
@@ -94,12 +91,23 @@ class Leaves:
 
             found = _counting.by_backend(count, self.parts, cuts, step)
             counts = _counting.counts(lax.optimization_barrier(_counting.joined(found)))
+            counts = counts - self._padding(cuts)
             return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
         weighed = [
             _weigh_at(part, cuts, place, step, size, grain)
             for part, place, size in zip(self.parts, self.firsts, sizes, strict=True)
         ]
         return jnp.concatenate(weighed, 1)
+
+    def _padding(self, cuts: Cut) -> Any:
+        """How many entries are kept that are none: all or none, behind every index of a leaf."""
+        padding = np.array([[n for x in self.stacks for n in x.padding(self.leaves)]], np.uint32)
+        if not padding.any():
+            return np.uint32(0)
+        least = self.keys.number(2 * self.keys.zero)
+        return _loops.where(
+            cuts.key > least, np.broadcast_to(padding, cuts.key.shape), np.uint32(0)
+        )
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the guesses of a finished search keep, leaf by leaf.
@@ -174,32 +182,27 @@ def _pick(tree: PyTree, first: Any, size: int, axis: int = 0) -> PyTree:
 
 
 class _Stack(NamedTuple):
-    """Leaves stacked, flat and padded with NaN to a ``length`` where there is one."""
+    """Leaves stacked, flat and padded with minus infinity to a ``length`` where there is one."""
 
     members: list[int]
     length: int | None = None
 
     def of(self, leaves: Sequence[jax.Array]) -> jax.Array:
-        """The part. NaN comes last, and behind the last index: no guess keeps what is padded."""
+        """The part."""
         if self.length is None:
             return jnp.stack([leaves[i] for i in self.members])
         rows = [leaves[i].reshape(-1) for i in self.members]
-        dtype, nan = rows[0].dtype, np.array(np.nan, rows[0].dtype)
+        dtype, least = rows[0].dtype, np.array(-np.inf, rows[0].dtype)
         half = dtype.itemsize == 2
         if half:  # as bits: a kernel that selects half floats may flush subnormals
             rows = [lax.bitcast_convert_type(row, jnp.uint16) for row in rows]
-            nan = nan.view(np.uint16)
-        part = jnp.stack([lax.pad(row, nan, [(0, self.length - row.size, 0)]) for row in rows])
+            least = least.view(np.uint16)
+        part = jnp.stack([lax.pad(row, least, [(0, self.length - row.size, 0)]) for row in rows])
         return lax.bitcast_convert_type(part, dtype) if half else part
 
-    def unpadded(self, part: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
-        """The part with zeros behind the leaves."""
-        sizes = np.array([[leaves[i].size] for i in self.members], np.uint32)
-        if self.length is None or np.all(sizes == self.length):
-            return part
-        place = lax.broadcasted_iota(jnp.uint32, part.shape, 1)
-        inside = place < jnp.broadcast_to(sizes, part.shape)
-        return lax.select(inside, part, jnp.zeros_like(part))
+    def padding(self, leaves: Sequence[jax.Array]) -> list[int]:
+        """How many entries each leaf is padded with."""
+        return [0 if self.length is None else self.length - leaves[i].size for i in self.members]
 
     def entry(self, part: jax.Array, place: Any, shape: tuple[int, ...]) -> jax.Array:
         """The leaf of that shape at a place."""
@@ -215,7 +218,7 @@ def _stacks(
     for i, leaf in enumerate(leaves):
         key: Any = i
         if kinds is not None and leaf.size <= _STACKED:
-            fixed = shaped or not _placement.alone(leaf)
+            fixed = shaped or not _placement.alone(leaf) or leaf.dtype.itemsize < 2
             key = (kinds[i], jax.typeof(leaf)) if fixed else leaf.dtype
         found.setdefault(key, []).append(i)
     stacks = []
