@@ -275,15 +275,15 @@ def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
     """
     if _placement.explicitly_sharded(leaf) or few(leaf.size):
         return None
-    whole = _loops.SHARDS if jax.device_count() > 1 else 1
+    fewest = _loops.SHARDS if jax.device_count() > 1 else 1
     for axis in axes:
         last = axis == leaf.ndim - 1
         line, entries = (_LINE, 1) if last else (1, math.prod(leaf.shape[axis + 1 :]))
         shards = math.gcd(leaf.shape[axis], jax.device_count())
         sums = leaf.shape[axis] // (line * _STRIPS)
-        if leaf.shape[axis] % (line * _STRIPS * shards) or sums < whole:
+        if leaf.shape[axis] % (line * _STRIPS * shards) or sums < fewest:
             continue
-        least = math.lcm(whole, shards)
+        least = math.lcm(fewest, shards)
         while sums % (2 * least) == 0 and 2 * line * entries <= _STRIP:
             sums, line = sums // 2, 2 * line
         return Strips(axis, sums, line)

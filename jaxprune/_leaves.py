@@ -104,10 +104,9 @@ class Leaves:
         padding = np.array([[n for x in self.stacks for n in x.padding(self.leaves)]], np.uint32)
         if not padding.any():
             return np.uint32(0)
-        least = self.keys.number(2 * self.keys.zero)
-        return _loops.where(
-            cuts.key > least, np.broadcast_to(padding, cuts.key.shape), np.uint32(0)
-        )
+        infinite = self.keys.number(2 * self.keys.zero)  # the key of minus infinity
+        every = np.broadcast_to(padding, cuts.key.shape)
+        return _loops.where(cuts.key > infinite, every, np.uint32(0))
 
     def masks(self, state: Brackets) -> list[jax.Array]:
         """What the guesses of a finished search keep, leaf by leaf.
@@ -213,21 +212,18 @@ class _Stack(NamedTuple):
 def _stacks(
     leaves: Sequence[jax.Array], kinds: Sequence[Any] | None, *, shaped: bool
 ) -> list[_Stack]:
-    """Which leaves are stacked: small ones."""
-    found: dict[Any, list[int]] = {}
+    """Which leaves are stacked: small ones. Types of a byte may have no infinity to pad with."""
+    as_they_are: dict[Any, list[int]] = {}
+    flat: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        key: Any = i
-        if kinds is not None and leaf.size <= _STACKED:
-            fixed = shaped or not _placement.alone(leaf) or leaf.dtype.itemsize < 2
-            key = (kinds[i], jax.typeof(leaf)) if fixed else leaf.dtype
-        found.setdefault(key, []).append(i)
-    stacks = []
-    for key, members in found.items():
-        if isinstance(key, np.dtype):
-            stacks += _padded(members, leaves)
+        if kinds is None or leaf.size > _STACKED:
+            as_they_are[i] = [i]
+        elif shaped or not _placement.on_one_device(leaf) or leaf.dtype.itemsize < 2:
+            as_they_are.setdefault((kinds[i], jax.typeof(leaf)), []).append(i)
         else:
-            stacks.append(_Stack(members))
-    return stacks
+            flat.setdefault(leaf.dtype, []).append(i)
+    padded = [stack for members in flat.values() for stack in _padded(members, leaves)]
+    return [*map(_Stack, as_they_are.values()), *padded]
 
 
 def _padded(members: Sequence[int], leaves: Sequence[jax.Array]) -> list[_Stack]:

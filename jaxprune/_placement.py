@@ -22,7 +22,7 @@ def typed_by_mesh(x: Any) -> bool:
     return bool(varies) or explicitly_sharded(x)
 
 
-def alone(x: Any) -> bool:
+def on_one_device(x: Any) -> bool:
     """Whether ``x`` is whole, since there is one device: it may be reshaped at no cost."""
     return jax.device_count() == 1 and not typed_by_mesh(x)
 
