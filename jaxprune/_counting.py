@@ -24,6 +24,8 @@ _DIGIT = 256
 _FEW = 1 << 18  # over as many entries a pass takes longer than its code takes to compile
 _MANY = 8  # leaves stacked: as many times more entries are few
 _STRIPS = 8  # added as half bytes
+_ROW = 2048  # entries of a leaf counted in one word
+_WORD = 16  # bits of the word for each cut
 _HALF = 4  # bits
 _LINE = 512  # entries of the last axis that stay together
 _STRIP = 8192  # entries in a row that a strip takes where it can: memory is read ahead in rows
@@ -170,6 +172,35 @@ def _where_tied(
     return lax.cond(jnp.any(cuts.end > 0), tied, plain, leaf, cuts, step)
 
 
+def count_rows(leaf: jax.Array, cuts: Cut, step: jax.Array, grain: int) -> jax.Array:
+    """How many entries of each row of the leaves stacked two cuts keep: ``[leaves, rows]``.
+
+    Both counts are in one word, so that one kernel goes over a stack. ``added_up`` adds the rows of
+    all of them, where two sums of each would be four kernels.
+    """
+    cuts, leaf = jax.tree.map(
+        lambda x: x.reshape(*x.shape[: x.ndim - leaf.ndim + 1], -1), (cuts, leaf)
+    )
+    first, second = views(leaf, cuts, step, (1,), grain)
+    both = first.astype(jnp.uint32) | (second.astype(jnp.uint32) << np.uint32(_WORD))
+    both = lax.pad(both, np.uint32(0), [(0, 0, 0), (0, -both.shape[1] % _ROW, 0)])
+    return jnp.sum(both.reshape(len(leaf), -1, _ROW), -1, dtype=jnp.uint32)
+
+
+def added_up(parts: Sequence[jax.Array]) -> jax.Array:
+    """Of rows counted the counts of two cuts, ``[2, leaves]``: one sum for leaves of as many."""
+    alike: dict[int, list[int]] = {}
+    for i, part in enumerate(parts):
+        alike.setdefault(part.shape[1], []).append(i)
+    firsts, sums, places = np.cumsum([0, *map(len, parts)]), [], []
+    for members in alike.values():
+        rows = jnp.concatenate([parts[i] for i in members])
+        both = jnp.stack([rows & np.uint32((1 << _WORD) - 1), rows >> np.uint32(_WORD)])
+        sums.append(jnp.sum(both, -1, dtype=jnp.uint32))
+        places += [np.arange(firsts[i], firsts[i + 1]) for i in members]
+    return jnp.concatenate(sums, 1)[:, np.argsort(np.concatenate(places))]
+
+
 def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views, the comparisons and all."""
     return _joint(_sum(first, axes), _sum(second, axes))
@@ -271,9 +302,9 @@ def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:
     """How to add up a large leaf along one of the axes, if it can be cut.
 
     Strips are contiguous in memory, and of one device: what may be the number of shards goes on
-    dividing that of sums.
+    dividing that of sums. Accelerators sum as fast without.
     """
-    if _placement.explicitly_sharded(leaf) or few(leaf.size):
+    if _placement.explicitly_sharded(leaf) or few(leaf.size) or jax.default_backend() != "cpu":
         return None
     fewest = _loops.SHARDS if jax.device_count() > 1 else 1
     for axis in axes:

@@ -16,6 +16,7 @@ from jaxprune._counting import Cut
 from jaxprune._typing import PyTree
 
 _STACKED = 1 << 17  # copying a larger leaf costs more than the code that it saves
+_STACKED_ON_GPU = 1 << 20  # or than the kernels, one a pass
 
 
 class Leaves:
@@ -87,11 +88,12 @@ class Leaves:
 
             def count(on_cpu, parts, cuts, step):
                 pairs = zip(parts, self.firsts, strict=True)
-                return [_count_at(part, cuts, i, step, on_cpu, grain) for part, i in pairs]
+                if not on_cpu and all(map(_placement.on_one_gpu, parts)):
+                    return _counting.added_up([_rows_at(*p, cuts, step, grain) for p in pairs])
+                found = [_count_at(*p, cuts, step, on_cpu, grain) for p in pairs]
+                return _counting.counts(lax.optimization_barrier(_counting.joined(found)))
 
-            found = _counting.by_backend(count, self.parts, cuts, step)
-            counts = _counting.counts(lax.optimization_barrier(_counting.joined(found)))
-            counts = counts - self._padding(cuts)
+            counts = _counting.by_backend(count, self.parts, cuts, step) - self._padding(cuts)
             return counts if sizes is None else counts * jnp.stack(sizes).astype(jnp.uint32)[None]
         weighed = [
             _weigh_at(part, cuts, place, step, size, grain)
@@ -134,8 +136,13 @@ class Leaves:
         return [masks[i] for i in range(len(self.leaves))]
 
 
+@partial(jax.jit, static_argnames="grain")
+def _rows_at(part, first, cuts, step, grain) -> jax.Array:
+    return _counting.count_rows(part, entries(cuts, first, part), step, grain)
+
+
 @partial(jax.jit, static_argnames=("on_cpu", "grain"))
-def _count_at(part, cuts, first, step, on_cpu, grain) -> _counting.Sums:
+def _count_at(part, first, cuts, step, on_cpu, grain) -> _counting.Sums:
     """What entries ``first`` and following of two cuts keep of a part.
 
     ``first`` is a value to the compiler, so that parts of one shape share their code.
@@ -216,7 +223,9 @@ def _stacks(
     as_they_are: dict[Any, list[int]] = {}
     flat: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        if kinds is None or leaf.size > _STACKED:
+        on_gpu = _placement.on_one_gpu(leaf) and not shaped
+        most = _STACKED_ON_GPU if on_gpu else _STACKED
+        if kinds is None or leaf.size > most:
             as_they_are[i] = [i]
         elif shaped or not _placement.on_one_device(leaf) or leaf.dtype.itemsize < 2:
             as_they_are.setdefault((kinds[i], jax.typeof(leaf)), []).append(i)

@@ -27,6 +27,11 @@ def on_one_device(x: Any) -> bool:
     return jax.device_count() == 1 and not typed_by_mesh(x)
 
 
+def on_one_gpu(x: Any) -> bool:
+    """Whether it is, and programs run on a GPU, where to launch a kernel takes microseconds."""
+    return jax.default_backend() == "gpu" and on_one_device(x)
+
+
 def full_like(leaf: jax.Array, value: Any) -> jax.Array:
     """One value in the shape and type of ``leaf``, and sharded so where the type says how."""
     full = lax.full(jnp.shape(leaf), value, leaf.dtype)

@@ -1,4 +1,7 @@
-"""Small leaves searched in one go: on one device flat and padded, whatever their shapes."""
+"""Small leaves searched in one go: on one device flat and padded, whatever their shapes.
+
+As on a GPU too, where larger leaves are small and counted by rows.
+"""
 
 from functools import partial
 
@@ -19,12 +22,15 @@ KINDS = tuple(map(str, range(len(SHAPES))))
 COSTS = (1, 3, 1, 2, 5, 1, 1, 7)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
+@pytest.fixture(autouse=True, scope="module", params=["cpu", "gpu"])
+def one_device(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
+        patch.setattr(jax, "default_backend", lambda: request.param)
+        if request.param == "gpu":  # what is lowered for one, lowered for a CPU
+            patch.setattr(_counting, "by_backend", lambda f, *args: f(False, *args))
         jax.clear_caches()
-        yield
+        yield request.param
     jax.clear_caches()
 
 
@@ -36,13 +42,15 @@ def lengths(shapes, dtypes=jnp.float32, **options):
     return [(stack.length, len(stack.members)) for stack in problem.stacks]
 
 
-def test_what_is_stacked_with_what():
+def test_what_is_stacked_with_what(one_device):
     block = [(64, 64)] * 4 + [(64, 256), (256, 64)]
     assert lengths([*block * 12, (64, 100)]) == [(16384, 73)]
     # Padded while few; from there on of one size.
     assert lengths([*[(256, 512)] * 24, *[(256, 256)] * 48]) == [(131072, 24), (65536, 48)]
     assert lengths([(300, 300), *[(4,)] * 50]) == [(90000, 2), (4, 49)]
-    assert lengths([(512, 512), (8,)]) == [(None, 1), (8, 1)]  # what is large is not copied
+    large = [(512, 512), (8,)], [(1024, 1025), (8,)]  # not copied
+    for shapes in large if one_device == "cpu" else large[1:]:
+        assert lengths(shapes) == [(None, 1), (8, 1)]
     assert lengths([(8,), (8,)], [jnp.float32, jnp.bfloat16]) == [(8, 1), (8, 1)]
     as_they_are = [(None, 1), (None, 1)]
     assert lengths([(8,), (4,)], jnp.float8_e4m3fn) == as_they_are  # may have no infinity
@@ -96,14 +104,36 @@ def test_what_is_kept_was_alive():
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])
-def test_many_leaves_are_added_strip_by_strip(kind):
+def test_many_leaves_are_added_strip_by_strip(kind, one_device):
     leaves = [scores((256, 256), jnp.float32, kind, i) for i in range(33)]
     assert not _counting.few(33 << 16, 33)
-    assert _counting.strips(jnp.zeros((33, 1 << 16)), (1,)) == (1, 1, 8192)
+    strips = (1, 1, 8192) if one_device == "cpu" else None
+    assert _counting.strips(jnp.zeros((33, 1 << 16)), (1,)) == strips
     keep = [1000 * i for i in range(33)]
     masks = jax.jit(lambda x: _topk.top(x, keep, kinds=tuple(range(33))).masks)(leaves)
     for leaf, k, mask in zip(leaves, keep, masks, strict=True):
         np.testing.assert_array_equal(mask, oracle(leaf, k))
+
+
+@pytest.mark.parametrize("shape", [(1030, 1031), (2**21 + 2048,), (1024, 1026), (3,)])
+def test_rows_of_leaves(shape):
+    """Whole ones and not, ends among equal scores, and a count past 16 bits in each of two."""
+    leaf = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, *shape)), jnp.float32)
+    keys = _counting.order(jnp.array([1.0, 0.0]), jnp.uint32)
+    ends = jnp.array([[7, 0], [leaf[0].size // 2, leaf[0].size]], jnp.uint32)
+    cuts = _counting.Cut(jnp.broadcast_to(keys[:, None], (2, 2)), ends)
+    index = np.arange(leaf[0].size).reshape(shape)
+    want = [
+        [
+            np.sum((x > t) | ((x == t) & (index < end)))
+            for x, end in zip(np.asarray(leaf), e, strict=True)
+        ]
+        for t, e in zip((1, 0), np.asarray(ends), strict=True)
+    ]
+    expand = [jax.tree.map(lambda x: x.reshape(2, 2, *[1] * len(shape)), cuts)]
+    rows = jax.jit(partial(_counting.count_rows, grain=0))(leaf, *expand, jnp.int32(0))
+    found = _counting.added_up([rows, rows[:1, :1], rows])
+    np.testing.assert_array_equal(found[:, [0, 1, 3, 4]], np.tile(want, 2))
 
 
 @pytest.mark.parametrize("allocate", [jp.allocate_uniform, jp.allocate_global, jp.allocate_lamp])
