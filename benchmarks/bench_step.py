@@ -126,7 +126,9 @@ def dense():
 
 
 def main(argv=None):
-    args = _timing.parser(__doc__).parse_args(argv)
+    options = _timing.parser(__doc__)
+    options.add_argument("--turns", type=int, default=11, help="how often each step is compiled")
+    args = options.parse_args(argv)
     repeats, steps = (3, 10) if args.quick else (40, 10)
     makers = {
         "dense": dense,
@@ -144,7 +146,7 @@ def main(argv=None):
     rows += [[name, f"{medians[name]:.2f}", f"{ratios.get(name, 1.0):.3f}"] for name in runs]
     print(_timing.table(rows))
 
-    turns = 1 if args.quick else 11
+    turns = 1 if args.quick else args.turns
     programs = "dense", "uniform, every 10", "global, every 10"  # the others are compiled the same
     compiling: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(turns):
