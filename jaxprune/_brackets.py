@@ -180,7 +180,7 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
     behind = (low == zero) & (width > one) & ~tied
     both = _loops.where(behind | (holds & ~start & last), zero + behind.astype(low.dtype), both)
     both = _loops.where(holds, jnp.minimum(both, zero), both)
-    round_ = _loops.where(last, _roundest(low, high - one), low + one)
+    round_ = _loops.where(last, _roundest(low, _loops.minus(high, 1)), low + one)
     both = _loops.where(still & ~(tied | far | behind | holds), round_, both)
     both = lax.optimization_barrier(both)
     return lax.optimization_barrier(cuts_at(both, tied, low))
@@ -225,7 +225,7 @@ def _between(
         _loops.where(still, third, _loops.where(slow, half, plain))
         for third, half, plain in (
             (np.float32(1 / 2), (inner + 0.5) * 0.5, share),
-            (np.float32(1 / 6), jnp.abs(inner - 0.5) * 0.5, apart),
+            (np.float32(1 / 6), jnp.abs(_loops.minus(inner, 0.5)) * 0.5, apart),
         )
     )
     return share * extent, apart * extent
@@ -259,7 +259,7 @@ def _beginning(x: jax.Array, size: jax.Array) -> jax.Array:
     r = -log t.
     """
     r = jnp.maximum((_log2(size) - _log2(x)) * np.float32(np.log(2)), np.float32(2.0**-20))
-    return _log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5 - np.float32(127 / 2)
+    return _loops.minus(_log2(r) - _log2(r * np.float32(0.9) + 1.0) * 0.5, 127 / 2)
 
 
 def _roundest(low: jax.Array, last: jax.Array) -> jax.Array:

@@ -288,14 +288,18 @@ class Strips(NamedTuple):
     line: int
 
     def of(self, x: jax.Array) -> list[jax.Array]:
-        """The strips of an array, each with an axis more than it."""
+        """The strips of an array, each with two axes more than it, one of size 1.
+
+        To take that away the compiler would move one reshape past all that is done with strips, an
+        operation at a time, and go over the whole program each time.
+        """
         axis, sums, line = self
         split = x.reshape(*x.shape[:axis], sums, _STRIPS, line, *x.shape[axis + 1 :])
-        return [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(_STRIPS)]
+        return [lax.slice_in_dim(split, i, i + 1, axis=axis + 1) for i in range(_STRIPS)]
 
     def axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """Axes of a strip."""
-        return (*(a + (a > self.axis) for a in axes), self.axis + 1)
+        return (*(a + 2 * (a > self.axis) for a in axes), self.axis + 1, self.axis + 2)
 
 
 def strips(leaf: jax.Array, axes: tuple[int, ...]) -> Strips | None:

@@ -27,6 +27,14 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return lax.select(*jnp.broadcast_arrays(condition, *(jnp.asarray(x, dtype) for x in (a, b))))
 
 
+def minus(x: jax.Array, known: Any) -> jax.Array:
+    """``x - known``, of what is known before compiling: a sum, as the compiler makes it.
+
+    It does so after it has moved what is known out of loops, and then goes over all once more.
+    """
+    return x + np.negative(np.asarray(known, x.dtype))
+
+
 def apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
     """``f(x)`` from a loop of its own, whatever reads it.
 

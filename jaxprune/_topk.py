@@ -156,10 +156,10 @@ class _Shared(NamedTuple):
     def spent(self, kept: jax.Array) -> _exact.Wide:
         """What it costs to keep so many weights of each leaf."""
         floors, costs = (
-            jnp.broadcast_to(np.array(values, np.uint32), kept.shape)
+            np.broadcast_to(np.array(values, np.uint32), kept.shape)
             for values in (self.floors, self.costs)
         )
-        beyond = jnp.maximum(kept, floors) - floors
+        beyond = _loops.minus(jnp.maximum(kept, floors), floors)
         cost = beyond if self.plain else _exact.multiply(beyond, costs)
         return _exact.total(cost, self.bound)
 
