@@ -187,11 +187,13 @@ def guess(keys: Keys, state: Brackets, ranks: Ranks) -> Cut:
 
 
 def inside(places: jax.Array, width: jax.Array) -> jax.Array:
-    """Places in brackets of that width, given as floats: whole numbers between the ends."""
-    extent = width.astype(jnp.float32) * np.float32(1 - 2.0**-20)  # rounded, no more than width
-    places = jnp.minimum(jnp.maximum(places, 0.0), extent).astype(width.dtype)
-    least = jnp.minimum(width, np.ones((), width.dtype))
-    return jnp.minimum(jnp.maximum(places, least), jnp.maximum(width - least, least))
+    """Places in brackets of that width, given as floats: whole numbers between the ends.
+
+    Where a bracket holds none it is the low end.
+    """
+    extent = width.astype(jnp.float32) * np.float32(1 - 2.0**-20)  # rounded, less than width
+    least = _loops.where(places > 1.0, places, 1.0)  # of NaN too
+    return jnp.minimum(least, extent).astype(width.dtype)
 
 
 def cuts_at(places: jax.Array, tied: jax.Array, key: jax.Array) -> Cut:
@@ -218,7 +220,7 @@ def _between(
     share = (ranks.gain + 0.5) * inverse
     rest = jnp.minimum(share, 1.0 - share)
     model = jnp.minimum(extent * np.float32(0.6 * 2.0**-keys.octave), 0.5)
-    apart = _exp2((_log2(rest) + _log2(inverse)) * 0.5) * np.float32(0.6)
+    apart = _root(rest * inverse) * np.float32(0.66)
     apart = apart + _loops.where(tied, 0.0, model * rest)
     inner = share + _loops.where(share < 0.5, apart, -apart)
     share, apart = (
@@ -248,7 +250,7 @@ def _beyond(keys: Keys, state: Brackets, ranks: Ranks) -> tuple[jax.Array, jax.A
     base = (zero - jnp.minimum(low, zero)).astype(jnp.float32)
     mark = _loops.where(known, base, state.unit) * np.float32(1 / octave)
     target = mark + _bend(mark) + wanted - _loops.where(known, first, one)
-    margin = _exp2(jnp.minimum(state.step, 12).astype(jnp.float32) * 2.0 + 127)
+    margin = (np.int32(1) << jnp.minimum(state.step + state.step, 24)).astype(jnp.float32)
     return base - (target - _bend(target)) * octave, margin * (octave * np.float32(1 / 16))
 
 
@@ -281,17 +283,13 @@ def _log2(x: jax.Array) -> jax.Array:
     return straight + _bend(straight)
 
 
+def _root(x: jax.Array) -> jax.Array:
+    """Roughly the square root, to four percent, of half the bits; the true one is a kernel more."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type((bits >> 1) + np.int32(0x1FBD1DF5), jnp.float32)
+
+
 def _bend(octaves: jax.Array) -> jax.Array:
     """What a logarithm is above the bits of a float, which are linear in each octave."""
     part = octaves - jnp.floor(octaves)
     return (part - part * part) * np.float32(0.344)
-
-
-def _exp2(x: jax.Array) -> jax.Array:
-    """Undo ``_log2``, to six percent."""
-    bits = (_clamp(x, 1.0, 254.0) * np.float32(2.0**23)).astype(jnp.int32)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _clamp(x: jax.Array, low: float, high: float) -> jax.Array:
-    return lax.clamp(np.float32(low), x, np.float32(high))

@@ -53,6 +53,14 @@ class Leaves:
         lengths = [len(stack.members) for stack in self.stacks]
         self.firsts = list(np.cumsum([0, *lengths[:-1]], dtype=np.uint32))
 
+    def by_part(self, x: Any) -> Any:
+        """An array with an entry for each leaf along its last axis, in the order of parts."""
+        return x if _in_order(self.order) else x[..., self.order]
+
+    def by_leaf(self, x: jax.Array) -> jax.Array:
+        """The same in the order of leaves."""
+        return x if _in_order(self.order) else x[..., np.argsort(self.order)]
+
     def zeros(self) -> Any:
         """For the two cuts of every leaf, known to the compiler."""
         return np.zeros((2, len(self.leaves)), np.uint32)
@@ -107,7 +115,7 @@ class Leaves:
         if not padding.any():
             return np.uint32(0)
         infinite = self.keys.number(2 * self.keys.zero)  # the key of minus infinity
-        every = np.broadcast_to(padding, cuts.key.shape)
+        every = np.repeat(padding, 2, 0)  # not broadcast, which is code ahead of the loop
         return _loops.where(cuts.key > infinite, every, np.uint32(0))
 
     def masks(self, state: Brackets) -> list[jax.Array]:
@@ -197,13 +205,14 @@ class _Stack(NamedTuple):
         """The part."""
         if self.length is None:
             return jnp.stack([leaves[i] for i in self.members])
-        rows = [leaves[i].reshape(-1) for i in self.members]
+        rows = [leaves[i].reshape(1, -1) for i in self.members]
         dtype, least = rows[0].dtype, np.array(-np.inf, rows[0].dtype)
         half = dtype.itemsize == 2
         if half:  # as bits: a kernel that selects half floats may flush subnormals
             rows = [lax.bitcast_convert_type(row, jnp.uint16) for row in rows]
             least = least.view(np.uint16)
-        part = jnp.stack([lax.pad(row, least, [(0, self.length - row.size, 0)]) for row in rows])
+        rows = [lax.pad(x, least, [(0, 0, 0), (0, self.length - x.size, 0)]) for x in rows]
+        part = jnp.concatenate(rows)
         return lax.bitcast_convert_type(part, dtype) if half else part
 
     def padding(self, leaves: Sequence[jax.Array]) -> list[int]:
@@ -212,8 +221,9 @@ class _Stack(NamedTuple):
 
     def entry(self, part: jax.Array, place: Any, shape: tuple[int, ...]) -> jax.Array:
         """The leaf of that shape at a place."""
-        (leaf,) = _pick(part, place, 1)
-        return leaf if self.length is None else leaf[: math.prod(shape)].reshape(shape)
+        sizes = shape if self.length is None else (math.prod(shape),)
+        first = place, *[np.uint32(0)] * len(sizes)
+        return lax.dynamic_slice(part, first, (1, *sizes)).reshape(shape)
 
 
 def _stacks(
@@ -232,6 +242,8 @@ def _stacks(
         else:
             flat.setdefault(leaf.dtype, []).append(i)
     padded = [stack for members in flat.values() for stack in _padded(members, leaves)]
+    for stack in padded:
+        stack.members.sort()
     return [*map(_Stack, as_they_are.values()), *padded]
 
 
@@ -248,6 +260,10 @@ def _padded(members: Sequence[int], leaves: Sequence[jax.Array]) -> list[_Stack]
             stacks.append(_Stack([i], size))
             longest = size
     return stacks
+
+
+def _in_order(order: np.ndarray) -> bool:
+    return bool(np.all(order == np.arange(len(order))))
 
 
 def burying() -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -35,6 +35,11 @@ def minus(x: jax.Array, known: Any) -> jax.Array:
     return x + np.negative(np.asarray(known, x.dtype))
 
 
+def as_type(x: jax.Array, dtype: Any) -> jax.Array:
+    """Counts below 2^31 as another integer type of 32 bits: there and back is nothing to compile."""
+    return lax.bitcast_convert_type(x, dtype)
+
+
 def apart(f: Callable[[Any], Any], x: Any, known: jax.Array) -> Any:
     """``f(x)`` from a loop of its own, whatever reads it.
 

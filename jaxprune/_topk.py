@@ -62,7 +62,7 @@ def top(
         return _NOTHING
     problem = Leaves(leaves, kinds=kinds, alive=alive)
     counts = jnp.asarray(keep, jnp.int32)
-    state = _search(problem, counts.astype(jnp.uint32)[None, problem.order])
+    state = _search(problem, problem.by_part(_loops.as_type(counts, jnp.uint32)[None]))
     return Found(problem.masks(state), counts, problem.bad)
 
 
@@ -117,7 +117,7 @@ def top_shared(
     )
     state = _search(problem, None, shared, counts_only=counts_only)
     masks = [] if counts_only else problem.masks(state)
-    counts = state.want[0].astype(jnp.int32)[np.argsort(problem.order)]
+    counts = problem.by_leaf(_loops.as_type(state.want[0], jnp.int32))
     return Found(masks, counts, problem.bad)
 
 

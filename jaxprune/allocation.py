@@ -358,7 +358,7 @@ def _webster(
     zero = (budget.low + weights[0, 0]) * np.uint32(0)
     start = jnp.int32(1), bit(1) + zero, cap + zero
     _, _, kept = lax.while_loop(lambda carry: carry[0] < 129 - skipped, decide, start)
-    return kept[0].astype(jnp.int32)
+    return _loops.as_type(kept[0], jnp.int32)
 
 
 def _numbers(scores: Scores, costs: PyTree) -> list[float]:
