@@ -176,11 +176,10 @@ def round_product(fraction: Any, n: int | Wide) -> Wide:
     mantissa = _loops.where(bits >> 23 > 0, (bits & np.uint32(0x7FFFFF)) | np.uint32(1 << 23), 0)
     # Of the product half is to be kept past a shift of 22 or more.
     shift = np.uint32(149) - (bits >> 23)
-    if isinstance(n, int) and n >> 32 == 0:
-        product = multiply(mantissa, jnp.asarray(np.uint32(n)))  # of 56 bits
-        shifts = (jnp.minimum(shift + np.uint32(i), np.uint32(63)) for i in range(2))
-        doubled, whole = (_shifted(product, shift) for shift in shifts)
-        return Wide(None, whole + (doubled & np.uint32(1)))
+    if isinstance(n, int) and n >> 31 == 0:
+        product = multiply(mantissa, jnp.asarray(np.uint32(n)))  # of 55 bits
+        doubled = _shifted(product, jnp.minimum(shift, np.uint32(63)))
+        return Wide(None, (doubled + np.uint32(1)) >> 1)
     number = constant(n) if isinstance(n, int) else n
     # It has three words, 87 bits, and nothing is left past a shift of 95.
     low = multiply(mantissa, number.low)

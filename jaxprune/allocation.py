@@ -322,7 +322,7 @@ def _webster(
     weights, everything = jnp.asarray(weights)[None], sum(caps)
     cap, floor = (np.array([bound], np.uint32) for bound in (caps, floors))
 
-    def seats(words):
+    def seats(words, weights):
         high, middle, low, ahead = (words[i : i + 1] for i in range(4))
         step = (lax.iota(jnp.uint32, len(caps)) < ahead).astype(jnp.uint32)
         low = low + step
@@ -342,21 +342,21 @@ def _webster(
     skipped = 32 - len(caps).bit_length()
 
     def bit(i):
-        place = jnp.uint32(i)
+        place = i.astype(np.uint32)
         place = place + _loops.where(place < 96, np.uint32(0), np.uint32(skipped))
         value = np.uint32(1 << 31) >> (place & np.uint32(31))
         return _loops.where(place >> 5 == np.arange(4, dtype=np.uint32), value, np.uint32(0))
 
     def decide(carry):
         i, trial, _ = carry
-        found = seats(trial)
+        found = seats(trial, lax.optimization_barrier((weights, i))[0])  # or their halves are ahead
         over = _exact.less(budget, _exact.total(found, everything))[0]
         return i + 1, _loops.where(over, trial ^ bit(i), trial) | bit(i + 1), found
 
     # The last turn decides no bit: what is found is what was decided. The zero has the varying axes
     # that budget and weights have under shard_map. (A fori_loop would carry a second counter.)
     zero = (budget.low + weights[0, 0]) * np.uint32(0)
-    start = jnp.int32(1), bit(1) + zero, cap + zero
+    start = jnp.int32(1), bit(np.int32(1)) + zero, cap + zero
     _, _, kept = lax.while_loop(lambda carry: carry[0] < 129 - skipped, decide, start)
     return _loops.as_type(kept[0], jnp.int32)
 
