@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,15 @@ def with_large_pages() -> None:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, label: str = ""
-) -> dict[str, list[float]]:
+    calls: Mapping[Hashable, Callable[[], Any]], repeats: int, label: str = ""
+) -> dict[Hashable, list[float]]:
     """Seconds of every call, in turns, after one warm-up each.
 
     Turns run forwards and backwards alternately, so that no call always follows the same one.
     """
     for call in calls.values():
         jax.block_until_ready(call())
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in calls}
     for turn in tqdm(range(repeats), desc=label, leave=False):
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()

@@ -38,38 +38,60 @@ def partition(scores, keep):
     return scores >= np.partition(scores, scores.size - keep)[scores.size - keep]
 
 
-def measure(power, repeats, *, sort):
-    n = 2**power
-    keep = round(DENSITY * n)
+def draws(power):
+    """Scores of several draws, and their number."""
     rng = np.random.default_rng(power)
-    values = [np.abs(rng.standard_normal(n, np.float32)) for _ in range(DRAWS)]
-    scores = [jnp.asarray(x) for x in values]
+    return [jnp.asarray(np.abs(rng.standard_normal(2**power, np.float32))) for _ in range(DRAWS)]
+
+
+def calls(scores):
+    """What is timed, each with the next of the draws at every call."""
+    keep = round(DENSITY * scores[0].size)
     assert all(int(ours(x, keep).sum()) == keep for x in scores)
-
-    def in_turn(call, draws):
-        following = cycle(draws)
-        return lambda: call(next(following))
-
-    calls = {
-        "ours": in_turn(partial(ours, keep=keep), scores),
-        "np.partition": in_turn(partial(partition, keep=keep), values),
-        "one compare": in_turn(compare, scores),
+    ways = {
+        "ours": partial(ours, keep=keep),
+        "np.partition": lambda x: partition(np.asarray(x), keep),
+        "one compare": compare,
+        "argsort": partial(argsort, keep=keep),
     }
-    seconds = _timing.interleaved(calls, repeats, f"2^{power}")
-    if sort:  # Seconds each: a few turns of its own, beside ours.
-        few = {"ours": calls["ours"], "argsort": in_turn(partial(argsort, keep=keep), scores)}
-        again = _timing.interleaved(few, max(3, repeats // 5), f"2^{power}, sort")
-        seconds["argsort"] = again["argsort"]
-        sorting = _timing.ratio(again["argsort"], again["ours"])
-    memory = ours.lower(scores[0], keep).compile().memory_analysis()
-    result = {
-        "scores": n,
-        "ms": {name: 1e3 * float(np.median(times)) for name, times in seconds.items()},
-        "ours / np.partition": _timing.ratio(seconds["ours"], seconds["np.partition"]),
-        "ours / one compare": _timing.ratio(seconds["ours"], seconds["one compare"]),
-        "extra bytes / scores": memory.temp_size_in_bytes / (4 * n),
-    }
-    return result | ({"argsort / ours": sorting} if sort else {})
+
+    def in_turn(way):
+        following = cycle(scores)
+        return lambda: way(next(following))
+
+    return {name: in_turn(way) for name, way in ways.items()}
+
+
+def measure(powers, repeats, most):
+    """All sizes in the same turns, so that what slows the machine for a while bends no curve.
+
+    To sort takes seconds: it is timed in a few turns, beside ours, up to 2^most scores.
+    """
+    timed = {power: calls(draws(power)) for power in powers}
+    quick = ("ours", "np.partition", "one compare")
+    every = {(power, name): timed[power][name] for power in powers for name in quick}
+    seconds = _timing.interleaved(every, repeats, "masks")
+    sorts = {(p, n): timed[p][n] for p in powers if p <= most for n in ("ours", "argsort")}
+    sorting = _timing.interleaved(sorts, max(3, repeats // 8), "sorts")
+    results = []
+    for power in powers:
+        n = 2**power
+        names = [*quick, "argsort"] if power <= most else quick
+        times = {name: (sorting if name == "argsort" else seconds)[power, name] for name in names}
+        scores = jax.ShapeDtypeStruct((n,), jnp.float32)
+        memory = ours.lower(scores, round(DENSITY * n)).compile().memory_analysis()
+        result = {
+            "scores": n,
+            "ms": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
+            "ours / np.partition": _timing.ratio(times["ours"], times["np.partition"]),
+            "ours / one compare": _timing.ratio(times["ours"], times["one compare"]),
+            "extra bytes / scores": memory.temp_size_in_bytes / (4 * n),
+        }
+        if power <= most:
+            faster = _timing.ratio(sorting[power, "argsort"], sorting[power, "ours"])
+            result["argsort / ours"] = faster
+        results.append(result)
+    return results
 
 
 def exponent(results, name):
@@ -97,8 +119,8 @@ def main(argv=None):
     options = _timing.parser(__doc__)
     args = options.parse_args(argv)
     powers = (16, 18, 20) if args.quick else (18, 20, 22, 23, 24, 25, 26)
-    repeats = 5 if args.quick else 21
-    results = [measure(p, repeats, sort=p <= 24) for p in powers]
+    repeats = 5 if args.quick else 35
+    results = measure(powers, repeats, most=24)
     fitted = [r for r in results if args.quick or r["scores"] >= 2**22]
     growth = {name: exponent(fitted, name) for name in ("ours", "np.partition", "one compare")}
     head = ["scores", "one compare", "np.partition", "argsort", "ours", "/ partition", "memory"]

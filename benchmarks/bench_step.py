@@ -127,7 +127,7 @@ def dense():
 
 def main(argv=None):
     options = _timing.parser(__doc__)
-    options.add_argument("--turns", type=int, default=11, help="how often each step is compiled")
+    options.add_argument("--turns", type=int, default=25, help="how often each step is compiled")
     args = options.parse_args(argv)
     repeats, steps = (3, 10) if args.quick else (40, 10)
     makers = {

@@ -71,7 +71,7 @@ def subtract(a: Wide, b: Wide) -> Wide:
     return Wide(high - (a.low < b.low).astype(jnp.uint32), a.low - b.low)
 
 
-def multiply(a: jax.Array, b: jax.Array) -> Wide:
+def multiply(a: jax.Array, b: Any) -> Wide:
     """The product of two uint32 arrays."""
     (a1, a0), (b1, b0) = ((x >> 16, x & _LOW) for x in (a, b))
     outer, cross, other, inner = a1 * b1, a1 * b0, a0 * b1, a0 * b0

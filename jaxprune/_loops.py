@@ -36,7 +36,7 @@ def minus(x: jax.Array, known: Any) -> jax.Array:
 
 
 def as_type(x: jax.Array, dtype: Any) -> jax.Array:
-    """Counts below 2^31 as another integer type of 32 bits: there and back is nothing to compile."""
+    """Counts below 2^31 as another integer of 32 bits: there and back is nothing to compile."""
     return lax.bitcast_convert_type(x, dtype)
 
 
