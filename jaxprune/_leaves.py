@@ -223,7 +223,8 @@ class _Stack(NamedTuple):
         """The leaf of that shape at a place."""
         sizes = shape if self.length is None else (math.prod(shape),)
         first = place, *[np.uint32(0)] * len(sizes)
-        return lax.dynamic_slice(part, first, (1, *sizes)).reshape(shape)
+        leaf = lax.dynamic_slice(part, first, (1, *sizes))
+        return lax.squeeze(leaf, (0,)) if self.length is None else leaf.reshape(shape)
 
 
 def _stacks(
