@@ -168,7 +168,8 @@ def density(masks: Masks) -> jax.Array:
     _tree.check_bools(masks)
     counts = jnp.stack([jnp.sum(mask, dtype=jnp.uint32) for mask in leaves])
     kept = _exact.to_float(_exact.total(counts))[0]
-    return kept / np.float32(sum(mask.size for mask in leaves))
+    everything = jnp.float32(sum(mask.size for mask in leaves))
+    return kept / lax.optimization_barrier(everything)  # or it is a factor, which rounds
 
 
 def pack_masks(masks: Masks) -> PyTree:

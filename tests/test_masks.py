@@ -81,6 +81,12 @@ def test_density_may_be_traced():
     assert float(jax.jit(jp.density)(masks)) == 0.5
 
 
+@pytest.mark.parametrize("n", [41, 47, 55, 5811])
+def test_density_of_all_is_one(n):
+    masks = {"a": jnp.ones(n, bool)}
+    assert float(jax.jit(jp.density)(masks)) == float(jp.density(masks)) == 1
+
+
 @given(st.lists(st.integers(1, 20), min_size=0, max_size=3), st.integers(0, 9))
 def test_packing_is_lossless(shape, seed):
     mask = jnp.asarray(np.random.default_rng(seed).integers(0, 2, shape).astype(bool))
