@@ -64,7 +64,7 @@ def allocate_erk(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts:
     Args:
       scores: a tree of arrays, ``None`` where not governed; only shapes matter.
       sparsity: fraction of all governed weights to remove, a number or a traced scalar.
-      min_keep: weights that each leaf keeps at least.
+      min_keep: weights that each leaf keeps at least; where floors bind, the total is missed.
 
     Returns:
       int32 scalars like ``scores``.
@@ -98,7 +98,7 @@ def allocate_global(
     Args:
       scores: a tree of floating arrays, ``None`` where not governed.
       sparsity: fraction of all governed weights to remove, a number or a traced scalar.
-      min_keep: weights that each leaf keeps at least.
+      min_keep: weights that each leaf keeps at least; where floors bind, the total is missed.
       costs: a tree of positive numbers like ``scores``, the cost of one weight of each leaf (FLOPs,
         bytes). Then weights rank by score per cost, sparsity is the fraction of the total cost
         removed, and the longest ranked prefix that the budget pays for is kept.
@@ -134,7 +134,7 @@ def allocate_lamp(scores: Scores, sparsity: Any, *, min_keep: int = 1) -> Counts
     Args:
       scores: a tree of floating arrays, ``None`` where not governed; below zero counts as zero.
       sparsity: fraction of all governed weights to remove, a number or a traced scalar.
-      min_keep: weights that each leaf keeps at least.
+      min_keep: weights that each leaf keeps at least; where floors bind, the total is missed.
 
     Returns:
       int32 scalars like ``scores``.
@@ -181,7 +181,7 @@ def allocate_owl(
       sparsity: fraction of all governed weights to remove, a number or a traced scalar.
       outlier: M, how many times its leaf's mean a score must pass.
       spread: :math:`\lambda`, how far a leaf's density may be from the mean.
-      min_keep: weights that each leaf keeps at least.
+      min_keep: weights that each leaf keeps at least; where floors bind, the total is missed.
 
     Returns:
       int32 scalars like ``scores``.

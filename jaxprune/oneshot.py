@@ -28,7 +28,8 @@ def prune(
 
     Args:
       params: any tree of arrays.
-      sparsity: fraction of all governed weights to remove, a number or a traced scalar.
+      sparsity: fraction s of all n governed weights to remove, a number or a traced scalar:
+        floor(n s + 1/2) of them, but that ``allocate`` leaves every leaf one unless told otherwise.
       saliency: ``(params, grads) -> scores``.
       allocate: ``(scores, sparsity) -> counts``.
       mask: ``(scores, counts) -> masks``.
