@@ -218,7 +218,7 @@ def _between(
     """
     inverse = 1.0 / (ranks.span + 1.0)
     share = (ranks.gain + 0.5) * inverse
-    rest = jnp.minimum(share, 1.0 - share)
+    rest = jnp.abs(jnp.minimum(share, 1.0 - share))  # more may be wanted than there is
     model = jnp.minimum(extent * np.float32(0.6 * 2.0**-keys.octave), 0.5)
     apart = _root(rest * inverse) * np.float32(0.66)
     apart = apart + _loops.where(tied, 0.0, model * rest)

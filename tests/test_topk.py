@@ -193,6 +193,23 @@ def test_units_of_several_weights_never_exceed(seed, keep):
     )
 
 
+@pytest.mark.parametrize("more", [0, 1, 7, 1000, 2**31 - 100])
+@pytest.mark.parametrize("kind", ["normal", "ties", "special", "constant"])
+def test_all_that_there_is_where_more_is_wanted(kind, more):
+    """In few passes: a guess that is off moves by more than a key."""
+    leaf = scores((3, 5), jnp.float32, kind, 0)
+    sizes = jnp.asarray(np.random.default_rng(0).integers(1, 5, (3, 5)).astype(np.uint32))
+
+    @jax.jit
+    def search(sizes, keep):
+        return _topk._search(Leaves((leaf,), sizes), keep[None, None].astype(jnp.uint32)).step
+
+    assert _topk.top_units(leaf, sizes, sizes.sum() + more).all()
+    for units in (None, (sizes,)):
+        everything = leaf.size if units is None else sizes.sum()
+        assert search(units, jnp.asarray(everything + more)) < 40
+
+
 @pytest.mark.parametrize(
     "shape", [(128, 6), (300,), (4096,), (3, 3, 64, 8), (1024, 3), (2048, 7, 2), (2, 1032, 5)]
 )
