@@ -44,16 +44,21 @@ def with_large_pages() -> None:
 
 
 def interleaved(
-    calls: Mapping[Hashable, Callable[[], Any]], repeats: int, label: str = ""
+    calls: Mapping[Hashable, Callable[[], Any]],
+    repeats: int,
+    label: str = "",
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[Hashable, list[float]]:
-    """Seconds of every call, in turns, after one warm-up each.
+    """Seconds of every call, in turns, after one warm-up each; ``before`` every turn, untimed.
 
     Turns run forwards and backwards alternately, so that no call always follows the same one.
     """
+    before()
     for call in calls.values():
         jax.block_until_ready(call())
     seconds: dict[Hashable, list[float]] = {name: [] for name in calls}
     for turn in tqdm(range(repeats), desc=label, leave=False):
+        before()
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()
             jax.block_until_ready(calls[name]())

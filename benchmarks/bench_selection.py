@@ -1,7 +1,6 @@
 """The mask of one array's largest scores: ours, a sort, NumPy's partition, and one pass."""
 
 from functools import partial
-from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DENSITY = 0.1
-DRAWS = 7  # the number of passes depends on the scores
 
 
 @partial(jax.jit, static_argnames="keep")
@@ -38,48 +36,42 @@ def partition(scores, keep):
     return scores >= np.partition(scores, scores.size - keep)[scores.size - keep]
 
 
-def draws(power):
-    """Scores of several draws, and their number."""
-    rng = np.random.default_rng(power)
-    return [jnp.asarray(np.abs(rng.standard_normal(2**power, np.float32))) for _ in range(DRAWS)]
-
-
-def calls(scores):
-    """What is timed, each with the next of the draws at every call."""
-    keep = round(DENSITY * scores[0].size)
-    assert all(int(ours(x, keep).sum()) == keep for x in scores)
-    ways = {
-        "ours": partial(ours, keep=keep),
-        "np.partition": lambda x: partition(np.asarray(x), keep),
-        "one compare": compare,
-        "argsort": partial(argsort, keep=keep),
-    }
-
-    def in_turn(way):
-        following = cycle(scores)
-        return lambda: way(next(following))
-
-    return {name: in_turn(way) for name, way in ways.items()}
-
-
 def measure(powers, repeats, most):
     """All sizes in the same turns, so that what slows the machine for a while bends no curve.
 
-    To sort takes seconds: it is timed in a few turns, beside ours, up to 2^most scores.
+    Every turn draws its scores, since how many passes they take is luck. To sort takes seconds: it
+    is timed in a few turns, beside ours, up to 2^most scores.
     """
-    timed = {power: calls(draws(power)) for power in powers}
+    rng, scores = np.random.default_rng(0), {}
+
+    def draw():
+        drawn = np.abs(rng.standard_normal(2 ** max(powers), np.float32))
+        scores.update({power: jnp.asarray(drawn[: 2**power]) for power in powers})
+
+    def timed(names, powers):
+        ways = {
+            "ours": ours,
+            "np.partition": lambda x, keep: partition(np.asarray(x), keep),
+            "one compare": lambda x, _: compare(x),
+            "argsort": argsort,
+        }
+        pairs = [(power, name) for power in powers for name in names]
+        return {(p, n): lambda p=p, n=n: ways[n](scores[p], kept(p)) for p, n in pairs}
+
+    def kept(power):
+        return round(DENSITY * 2**power)
+
     quick = ("ours", "np.partition", "one compare")
-    every = {(power, name): timed[power][name] for power in powers for name in quick}
-    seconds = _timing.interleaved(every, repeats, "masks")
-    sorts = {(p, n): timed[p][n] for p in powers if p <= most for n in ("ours", "argsort")}
-    sorting = _timing.interleaved(sorts, max(3, repeats // 8), "sorts")
+    seconds = _timing.interleaved(timed(quick, powers), repeats, "masks", draw)
+    assert all(int(ours(scores[p], kept(p)).sum()) == kept(p) for p in powers)
+    sorts = timed(("ours", "argsort"), [power for power in powers if power <= most])
+    sorting = _timing.interleaved(sorts, max(3, repeats // 8), "sorts", draw)
     results = []
     for power in powers:
         n = 2**power
         names = [*quick, "argsort"] if power <= most else quick
         times = {name: (sorting if name == "argsort" else seconds)[power, name] for name in names}
-        scores = jax.ShapeDtypeStruct((n,), jnp.float32)
-        memory = ours.lower(scores, round(DENSITY * n)).compile().memory_analysis()
+        memory = ours.lower(scores[power], kept(power)).compile().memory_analysis()
         result = {
             "scores": n,
             "ms": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
