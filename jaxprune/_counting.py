@@ -178,9 +178,7 @@ def count_rows(leaf: jax.Array, cuts: Cut, step: jax.Array, grain: int) -> jax.A
     Both counts are in one word, so that one kernel goes over a stack. ``added_up`` adds the rows of
     all of them, where two sums of each would be four kernels.
     """
-    cuts, leaf = jax.tree.map(
-        lambda x: x.reshape(*x.shape[: x.ndim - leaf.ndim + 1], -1), (cuts, leaf)
-    )
+    leaf, cuts = leaf.reshape(len(leaf), -1), jax.tree.map(lambda x: x.reshape(2, -1, 1), cuts)
     first, second = views(leaf, cuts, step, (1,), grain)
     both = first.astype(jnp.uint32) | (second.astype(jnp.uint32) << np.uint32(_WORD))
     both = lax.pad(both, np.uint32(0), [(0, 0, 0), (0, -both.shape[1] % _ROW, 0)])

@@ -99,7 +99,7 @@ class _Lamp:
         self.keys, self.rank = self.leaves.keys, self.leaves.order
         self.bound = sum(leaf.size for leaf in leaves)
         self.budget = _exact.up_to(self.bound, budget)
-        self.floors = np.array([floors], np.uint32)[:, self.rank]
+        self.floors = self.leaves.by_part(np.array([floors], np.uint32))
         # The order of points that come equally late.
         self.places = (4 * self.rank + np.arange(4)[:, None]).astype(np.uint32)
         self.dtype = jnp.dtype(jnp.float64 if self.keys.dtype == jnp.uint64 else jnp.float32)
@@ -120,7 +120,7 @@ class _Lamp:
         kept = _loops.where(many > few, jnp.minimum(few + left, many), few)
         full = ~_exact.less(self.budget, self.total(many))
         kept = _loops.where(full, many, kept)
-        return kept[0].astype(jnp.int32)[np.argsort(self.rank)]
+        return self.leaves.by_leaf(kept[0].astype(jnp.int32))
 
     def floored(self, kept: jax.Array) -> jax.Array:
         return jnp.maximum(kept, np.broadcast_to(self.floors, kept.shape))
