@@ -205,15 +205,19 @@ def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Su
 
 
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
-    """Sum two views by way of half a byte per weight for each, strips of large ones added first."""
+    """Sum two views by way of half a byte per weight for each, strips of large ones added twice."""
     both = first.astype(jnp.uint8) | (second.astype(jnp.uint8) << np.uint8(_HALF))
     shape = [1 if a in axes else n for a, n in enumerate(both.shape)]
     split, most = strips(both, axes), 1
     if split is not None:  # to compare strip by strip is a tenth faster and compiles twice as long
         both, axes, most = reduce(jnp.add, split.of(both)), split.axes(axes), _STRIPS
     both = lax.optimization_barrier(both)
-    found = both & np.uint8((1 << _HALF) - 1), both >> np.uint8(_HALF)
-    sums = _joint(*(_sum(view, axes, most) for view in found))
+    found = [both & np.uint8((1 << _HALF) - 1), both >> np.uint8(_HALF)]
+    again = None if split is None else strips(both, (split.axis,))
+    if again is not None:
+        found = lax.optimization_barrier([reduce(jnp.add, again.of(part)) for part in found])
+        axes, most = again.axes(axes), _STRIPS * most
+    sums = _joint(*(_sum(part, axes, most) for part in found))
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
