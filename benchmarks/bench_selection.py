@@ -1,4 +1,4 @@
-"""The mask of one array's largest scores: ours, a sort, NumPy's partition, and one pass."""
+"""The mask of one array's largest scores: ours, a sort, NumPy's partition, and single passes."""
 
 from functools import partial
 
@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DENSITY = 0.1
+FLOORS = ("one sum", "one compare")  # reads every score; reads it and writes a mask
 
 
 @partial(jax.jit, static_argnames="keep")
@@ -30,6 +31,11 @@ def argsort(scores, keep):
 @jax.jit
 def compare(scores):
     return scores > 1.0
+
+
+@jax.jit
+def total(scores):
+    return scores.sum()
 
 
 def partition(scores, keep):
@@ -53,6 +59,7 @@ def measure(powers, repeats, most):
             "ours": ours,
             "np.partition": lambda x, keep: partition(np.asarray(x), keep),
             "one compare": lambda x, _: compare(x),
+            "one sum": lambda x, _: total(x),
             "argsort": argsort,
         }
         pairs = [(power, name) for power in powers for name in names]
@@ -61,7 +68,7 @@ def measure(powers, repeats, most):
     def kept(power):
         return round(DENSITY * 2**power)
 
-    quick = ("ours", "np.partition", "one compare")
+    quick = ("ours", "np.partition", *FLOORS)
     seconds = _timing.interleaved(timed(quick, powers), repeats, "masks", draw)
     assert all(int(ours(scores[p], kept(p)).sum()) == kept(p) for p in powers)
     sorts = timed(("ours", "argsort"), [power for power in powers if power <= most])
@@ -98,8 +105,9 @@ def draw(results, path):
     for name, color in styles.items():
         points = [(r["scores"], r["ms"][name]) for r in results if name in r["ms"]]
         axis.loglog(*zip(*points, strict=True), "o-", color=color, label=name)
-    floor = [(r["scores"], r["ms"]["one compare"]) for r in results]
-    axis.loglog(*zip(*floor, strict=True), "k--", lw=1, label="floor: one pass over memory")
+    for name, style in zip(FLOORS, ("k:", "k--"), strict=True):
+        floor = [(r["scores"], r["ms"][name]) for r in results]
+        axis.loglog(*zip(*floor, strict=True), style, lw=1, label=f"floor: {name}")
     axis.set(xlabel="scores (float32)", ylabel="ms", title="Mask of the largest 10 %")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
@@ -114,15 +122,13 @@ def main(argv=None):
     repeats = 5 if args.quick else 35
     results = measure(powers, repeats, most=24)
     fitted = [r for r in results if args.quick or r["scores"] >= 2**22]
-    growth = {name: exponent(fitted, name) for name in ("ours", "np.partition", "one compare")}
-    head = ["scores", "one compare", "np.partition", "argsort", "ours", "/ partition", "memory"]
+    growth = {name: exponent(fitted, name) for name in ("ours", "np.partition", *FLOORS)}
+    timed = (*FLOORS, "np.partition", "argsort", "ours")
+    head = ["scores", *timed, "/ partition", "memory"]
     rows = [
         [
             f"{r['scores']:,}",
-            *(
-                f"{r['ms'][k]:.1f} ms" if k in r["ms"] else ""
-                for k in ("one compare", "np.partition", "argsort", "ours")
-            ),
+            *(f"{r['ms'][k]:.1f} ms" if k in r["ms"] else "" for k in timed),
             f"{r['ours / np.partition']:.2f}",
             f"{r['extra bytes / scores']:.2f}",
         ]
