@@ -1,7 +1,7 @@
 """Masks of sharded scores equal one device's, and what crosses the wire does not grow."""
 
 import re
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
+from jaxprune import _counting
 
 DTYPE_PROMOTION = "standard"  # optax promotes
 SPECS = {
@@ -118,6 +119,33 @@ def test_large_leaves_whose_strips_would_cross_shards(kind, shape, spec):
         np.testing.assert_array_equal(mask(seeds[0]), want[0])
         np.testing.assert_array_equal(jax.jit(jax.vmap(mask))(seeds), want)
     assert all(name == "all-reduce" and size <= 64 for name, size in sent)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((1 << 25,), P(("x", "y"))),
+        ((4096, 16_384), P("x")),
+        ((4096, 16_384), P("x", "y")),
+        ((512, 151_936), P("y", "x")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "on_cpu"),
+    [(AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, False)],
+)
+def test_shards_of_any_width_send_a_number_a_cut(kind, on_cpu, shape, spec):
+    """More weights than a float counts, in rows of any length: compiled, not run."""
+    where, axes = mesh(kind), tuple(range(len(shape)))
+    cut = jax.ShapeDtypeStruct((2, *[1] * len(shape)), jnp.uint32)
+    with jax.sharding.set_mesh(where):
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(where, spec))
+        count = jax.jit(partial(_counting.count, on_cpu, axes=axes, grain=0))
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        compiled = count.lower(leaf, _counting.Cut(cut, cut), step).compile()
+    sent = collectives(compiled.as_text())
+    assert sent
+    assert all(name == "all-reduce" and size <= 8 for name, size in sent)
 
 
 TRANSFORMS = {

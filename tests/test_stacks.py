@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_topk import oracle, scores
+from test_topk import counted_as_numpy_does, oracle, scores
 
 import jaxprune as jp
 from jaxprune import _counting, _exact, _topk
@@ -113,6 +113,25 @@ def test_many_leaves_are_added_strip_by_strip(kind, one_device):
     masks = jax.jit(lambda x: _topk.top(x, keep, kinds=tuple(range(33))).masks)(leaves)
     for leaf, k, mask in zip(leaves, keep, masks, strict=True):
         np.testing.assert_array_equal(mask, oracle(leaf, k))
+
+
+@pytest.mark.parametrize(
+    ("shape", "split", "again"),
+    [
+        ((1 << 21,), (0, 32, 8192), (0, 4, 1)),
+        ((2048, 2048), (0, 64, 4), (0, 8, 1)),
+        ((4, 8192, 129), (1, 32, 32), (1, 4, 1)),
+        ((2048, 1030), (0, 64, 4), (0, 8, 1)),
+    ],
+)
+def test_large_leaves_are_added_in_strips_twice(shape, split, again, one_device):
+    axes = tuple(range(len(shape)))
+    if one_device == "cpu":
+        found = _counting.strips(jnp.zeros(shape), axes)
+        assert found == split
+        bytes_ = sum(found.of(jnp.zeros(shape, jnp.uint8)))
+        assert _counting.strips(bytes_, (found.axis,)) == again
+    counted_as_numpy_does(shape, axes)
 
 
 @pytest.mark.parametrize("shape", [(1030, 1031), (2**21 + 2048,), (1024, 1026), (3,)])
