@@ -1,7 +1,7 @@
 """Forms of code that compile fast, and that the CPU compiler makes fast."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jax import lax
 
 _PARTS = 16
 _ROW = 32
-_LINE = 64  # Entries of the last axis that stay together.
+LINE = 64
+"""Entries of the last axis that stay together."""
 SHARDS = 64
 """As many shards of an axis hold whole lines where so many lines are left."""
 
@@ -73,7 +74,7 @@ def fold(
     axes: tuple[int, ...],
     *,
     most: int = 1 << 31,
-    least: int = 1,
+    least: Mapping[int, int] | None = None,
 ) -> jax.Array:
     """Combine entries along ``axes`` in a fixed order until few are left; other axes stay.
 
@@ -89,29 +90,54 @@ def fold(
       least: how many lines of an axis stay, and what goes on dividing their number if it did;
         ``SHARDS`` where shards are not to mix.
     """
+    least = least or {}
     while True:
-        minors = {a: _LINE if a == x.ndim - 1 else 1 for a in axes}
-        lengths = {a: x.shape[a] // n for a, n in minors.items() if x.shape[a] % n == 0}
-        choices = {
-            a: next(
-                (
-                    p
-                    for p in range(min(_PARTS, n // least, most), 1, -1)
-                    if n % (p * math.gcd(n, least)) == 0
-                ),
-                1,
-            )
-            for a, n in lengths.items()
-        }
-        choices = {a: parts for a, parts in choices.items() if parts > 1}
-        if not choices:
+        minors = {a: LINE if a == x.ndim - 1 else 1 for a in axes}
+        whole = {a: x.shape[a] // n for a, n in minors.items() if x.shape[a] % n == 0}
+        found = {a: _cut(n, least.get(a, 1), most) for a, n in whole.items()}
+        cuts = {a: cut for a, cut in found.items() if cut is not None}
+        if not cuts:
             return x
-        axis = max(choices, key=lambda a: (a != x.ndim - 1, x.shape[a]))
-        parts, minor = choices[axis], minors[axis]
-        most //= parts
-        split = x.reshape(*x.shape[:axis], -1, parts, minor, *x.shape[axis + 1 :])
-        strips = [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(parts)]
+        axis = max(cuts, key=lambda a: (a != x.ndim - 1, x.shape[a]))
+        groups, stay = cuts[axis]
+        lines = whole[axis] // groups
+        split = x.reshape(*x.shape[:axis], groups, lines, minors[axis], *x.shape[axis + 1 :])
+        strips = [
+            lax.slice_in_dim(split, first, min(first + stay, lines), axis=axis + 1)
+            for first in range(0, lines, stay)
+        ]
+        most //= len(strips)
         while len(strips) > 1:
             pairs = zip(strips[::2], strips[1::2], strict=False)
-            strips = [combine(a, b) for a, b in pairs] + strips[len(strips) // 2 * 2 :]
+            joined = [_combined(combine, *pair, axis + 1) for pair in pairs]
+            strips = joined + strips[len(strips) // 2 * 2 :]
         x = strips[0].reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def _cut(lines: int, least: int, most: int) -> tuple[int, int] | None:
+    """Into how many groups lines are cut, and how many lines of each group stay.
+
+    What divides the number of shards is small: other factors go first, and those of two last.
+    """
+    parts = min(_PARTS, lines // least, most)
+    if parts < 2:
+        return None
+    other = lines
+    for prime in (2, 3, 5, 7, 11, 13):
+        while other % prime == 0:
+            other //= prime
+    if other > 1:
+        return lines // other, -(-other // parts)
+    fits = (n for n in range(parts, 1, -1) if lines % (n * math.gcd(lines, least)) == 0)
+    return next(((lines // n, 1) for n in fits), None)
+
+
+def _combined(
+    combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, y: jax.Array, axis: int
+) -> jax.Array:
+    """Lines of two strips, of which the second may have fewer."""
+    many = y.shape[axis]
+    if x.shape[axis] == many:
+        return combine(x, y)
+    first = combine(lax.slice_in_dim(x, 0, many, axis=axis), y)
+    return jnp.concatenate([first, lax.slice_in_dim(x, many, None, axis=axis)], axis)

@@ -1,7 +1,7 @@
 """Whole slices and blocks, ranked by one score each."""
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -13,6 +13,8 @@ from jaxprune._typing import Counts, Masks, Scores
 from jaxprune.masks import axis_tree, check_scores, resolve_axes
 
 Score = Literal["mean", "sum", "max"]
+_FEW = 16  # entries of a line that are added at once
+_LAST_SHARDS = 16  # of the last axis that stay apart
 
 
 def mask_groups(scores: Scores, keep: Counts, *, axes: Any, size: int = 1) -> Masks:
@@ -150,24 +152,38 @@ class Units(NamedTuple):
         split = [part for g, t in zip(self.grid, self.tile, strict=True) for part in (g, t)]
         inner = tuple(range(1, len(split), 2))
 
-        def folded(combine, x):
-            x, axes = _loops.fold(combine, x.reshape(split), inner), inner
-            if x.shape[-1] > 1:
-                # The few entries left of the last axis come first: only sums of lines vectorise.
-                x = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
-                axes = (0, *(axis + 1 for axis in inner[:-1]))
-            return x, axes
-
+        # Shards of an axis that lies in one unit stay apart; they do not divide an odd one.
+        apart = [i for i in inner if split[i - 1] == 1 and split[i] % 2 == 0]
+        least = {i: _LAST_SHARDS if i == inner[-1] else _loops.SHARDS for i in apart}
+        folded = partial(self._folded, inner=inner, least=least)
+        wide = wide.reshape(split)
         if how == "max":
             largest = jnp.max(*folded(jnp.maximum, wide))
             # XLA on CPU may lose a NaN in a maximum.
             nan = jnp.sum(*folded(jnp.add, jnp.where(jnp.isnan(wide), wide, 0.0)))
             return (largest + nan).reshape(self.grid)
-        wide, inner = folded(jnp.add, wide)
-        sums = _sums.reproducible_sum(wide, inner).reshape(self.grid)
+        wide, axes = folded(jnp.add, wide)
+        if any(wide.shape[axis] > 1 for axis in axes):
+            wide = _sums.reproducible_sum(wide, axes)
+        sums = wide.reshape(self.grid)
         # A constant divisor would be turned into a factor, which rounds differently.
         sizes = jax.lax.optimization_barrier(jnp.asarray(self.sizes(), sums.dtype))
         return sums if how == "sum" else sums / jnp.broadcast_to(sizes, sums.shape)
+
+    def _folded(self, combine, x, *, inner, least):
+        """Few entries of every unit, and along which axes: lines that shards share, no others."""
+        x = _loops.fold(combine, x, inner, least=least)
+        *before, last = x.shape
+        if last == 1:
+            return x, inner
+        # Entries within a line come first: only lines are added many at once.
+        lines = last // _loops.LINE if inner[-1] in least and last % _loops.LINE == 0 else 1
+        x = x.reshape(*before, lines, -1)
+        if x.shape[-1] % _FEW == 0:
+            parts = range(0, x.shape[-1], _FEW)
+            x = reduce(combine, [x[..., first : first + _FEW] for first in parts])
+        x = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+        return _loops.fold(combine, x, (0,)), (0, *(axis + 1 for axis in inner))
 
     def spread(self, kept: jax.Array) -> jax.Array:
         """A mask of units as a mask of weights."""
