@@ -67,7 +67,8 @@ def mask_blocks(
     .. math:: \textstyle\sum_{b \text{ kept}} |b| \le k, \quad \text{the longest such prefix}
 
     Blocks start at the origin; those at the edges are smaller where the block does not divide, and
-    count for the weights that they hold. The blocks of all other axes are ranked together.
+    count for the weights that they hold. The blocks of all other axes are ranked together. A leaf
+    whose shards cut blocks is gathered: choose a size that divides the shards.
 
     Args:
       scores: a tree of floating arrays, ``None`` where not governed.
