@@ -101,7 +101,8 @@ _STEPS = {
     "allocate": _Step(("scores", "sparsity"), "jp.allocate_global or jp.allocate_by_path({...})"),
     "mask": _Step(
         ("scores", "keep"),
-        "jp.mask_topk, jp.gradual_n_m(2, 4, axis=0) or functools.partial(jp.mask_groups, axes=0)",
+        "jp.mask_topk, jp.gradual_n_m(2, 4, axis=0), functools.partial(jp.mask_groups, axes=0) or "
+        "functools.partial(jp.mask_blocks, block=16)",
     ),
     "method": _Step(
         ("params", "grams", "sparsity"), "jp.sparsegpt, jp.alps or jp.by_saliency(jp.wanda)"

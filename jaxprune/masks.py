@@ -329,6 +329,11 @@ def check_scores(scores: Scores, keep: Counts | None = None) -> None:
     def check(path, leaf, k):
         if np.ndim(k) != 0:
             raise ValueError(f"{path}: keep has shape {np.shape(k)}; it is one count per leaf")
+        if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+            raise TypeError(
+                f"{path}: keep is {k}, no whole number; it counts weights: take it from an "
+                "allocation, such as allocate_uniform(scores, sparsity)"
+            )
         if _checks.is_concrete(k) and not 0 <= int(k) <= leaf.size:
             raise ValueError(f"{path}: cannot keep {int(k)} of {leaf.size} weights")
 

@@ -144,7 +144,10 @@ class Summary(NamedTuple):
         """NaN, another sparsity than the requested one, and masked weights that are not zero."""
         found = []
         if self.nans:
-            found.append(f"{self.nans:,} WEIGHTS ARE NaN; masks stay as they are while scores are")
+            what = (
+                "they rank last" if self.step is None else "masks stay as they are while scores are"
+            )
+            found.append(f"{self.nans:,} WEIGHTS ARE NaN; {what}")
         if self.requested is not None and abs(self.kept - self.size * (1 - self.requested)) > 1:
             found.append(
                 f"{self.sparsity:.4%} is not what was asked for: floors, rules, whole units, "
@@ -240,7 +243,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
         kept = int(np.count_nonzero(mask))
         revived += int(jnp.sum((leaf != 0) & ~mask, dtype=jnp.int32))
         nans += int(jnp.sum(leaf != leaf, dtype=jnp.int32))
-        note = "at its floor" if kept <= 1 < mask.size else ""
+        note = "at its floor" if kept == 1 < mask.size else "" if kept else "NOTHING IS KEPT"
         if id(leaf) in seen:
             note = f"same array as {seen[id(leaf)]}; share one leaf, or its masks may differ"
         seen[id(leaf)] = path

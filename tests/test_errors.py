@@ -181,6 +181,24 @@ def test_counts_out_of_range(keep):
         jp.mask_topk(SCORES, keep)
 
 
+@pytest.mark.parametrize("keep", [0.5, True, np.float32(7)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        jp.mask_topk,
+        partial(jp.mask_groups, axes=0),
+        partial(jp.mask_blocks, block=2),
+        jp.gradual_n_m(1, 2, axis=0),
+    ],
+)
+def test_counts_that_are_no_whole_numbers(mask, keep):
+    """Truncated, a share of the weights to keep would be none."""
+    counts = {"dense": {"kernel": keep, "bias": None}}
+    for call in (partial(mask, SCORES), jax.jit(partial(mask, SCORES))):
+        with pytest.raises(TypeError, match=r"dense/kernel: keep is .*, no whole number"):
+            call(counts)
+
+
 def test_scores_that_do_not_fit():
     """Scores of leaves that are not governed are left alone; a governed leaf without raises."""
     params = {"w": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones((2, 3))}

@@ -42,7 +42,10 @@ def test_weights_that_are_nan_are_reported():
     params = jax.tree.map(lambda p: p.at[0].set(jnp.nan), PARAMS)
     report = jp.summarize(params)
     assert report.nans == report.as_dict()["nans"] == 30
-    assert "30 WEIGHTS ARE NaN; masks stay" in str(report).splitlines()[-1]
+    assert "30 WEIGHTS ARE NaN; they rank last" in str(report).splitlines()[-1]
+    tx = jp.prune_gradually(optax.sgd(0.0), 0.5, when=jp.every(1))
+    report = jp.summarize(params, tx.init(params))
+    assert "30 WEIGHTS ARE NaN; masks stay as they are while scores are" in str(report)
 
 
 def test_masks_that_no_update_has_applied_yet():
@@ -97,6 +100,11 @@ def test_floors_and_ties_are_pointed_out():
         "scores that were NaN"
     )
     assert report.kept == 2
+
+
+def test_leaves_that_keep_nothing_are_pointed_out():
+    report = jp.summarize({"kernel": jnp.ones((4, 4))}, {"kernel": jnp.zeros((4, 4), bool)})
+    assert "100.0000%  NOTHING IS KEPT" in str(report)
 
 
 def test_masks_of_nested_and_partitioned_states():
