@@ -87,8 +87,8 @@ def fold(
       x: what to fold.
       axes: along which.
       most: how many entries become one.
-      least: how many lines of an axis stay, and what goes on dividing their number if it did;
-        ``SHARDS`` where shards are not to mix.
+      least: how many lines of an axis stay, and what goes on dividing their number if it did, of
+        primes up to 13; ``SHARDS`` where shards are not to mix.
     """
     least = least or {}
     while True:

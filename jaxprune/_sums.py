@@ -17,14 +17,15 @@ _WANTED_BITS = {jnp.dtype(jnp.float32): 36, jnp.dtype(jnp.float64): 72}
 def reproducible_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The sum over ``axes``, kept with size 1: the same bits on one device and on many.
 
-    Scores are cut into integer digits relative to the largest, wide enough for at least 36 bits
-    (72 in float64) below it, and digits are added exactly. Powers of two scale through exactly.
+    Scores are cut into integer digits relative to the largest of each sum, wide enough for at least
+    36 bits (72 in float64) below it, and digits are added exactly. Powers of two scale through
+    exactly.
     Reference: Demmel, Nguyen. Parallel Reproducible Summation, 2015.
     """
     x = lax.optimization_barrier(_tree.widen(x))  # or it is found again for every digit
     finite = jnp.isfinite(x)
     rest = jnp.where(finite, x, jnp.zeros((), x.dtype))
-    largest = exponent(rest, tuple(range(x.ndim))).reshape(())
+    largest = exponent(rest, axes)
     scaled = lax.optimization_barrier(times_power(rest, -largest))
     total = sum_of_digits(scaled, axes, by_lines=True)
     infinite = _by_lines(jnp.where(finite, jnp.zeros((), x.dtype), x), axes)

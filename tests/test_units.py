@@ -53,8 +53,7 @@ def test_scores_of_units(shape, tile, how):
     leaf = np.random.default_rng(0).integers(-9, 9, shape).astype(np.float32)
     found = jax.jit(partial(Units(shape, tile).score, how=how))(leaf).ravel()
     want = [getattr(np, how)(unit.astype(np.float64)) for unit in units_of(leaf, tile)]
-    off = 1.2e-7 if how == "mean" else 0.0  # one size for all may become a factor
-    np.testing.assert_allclose(found, want, rtol=off)
+    np.testing.assert_array_equal(found, np.float32(want))
 
 
 @pytest.mark.parametrize(("shape", "tile"), UNITS)
@@ -85,6 +84,21 @@ def test_scores_have_the_bits_of_one_device(shape, tile, monkeypatch):
     np.testing.assert_allclose(many.ravel(), exact, rtol=1e-6)
 
 
+def test_a_mean_is_divided_under_vmap_too():
+    """41 times a rounded 1/41 is less than 1: a block of 41 ones would come after one of 1."""
+    mask = partial(jp.mask_blocks, block=(1, 41), axes=(0, 1))
+    masks = jax.jit(jax.vmap(lambda s: mask({"w": s}, {"w": 41})["w"]))(jnp.ones((3, 1, 42)))
+    np.testing.assert_array_equal(masks, np.broadcast_to(np.arange(42) < 41, masks.shape))
+
+
+@pytest.mark.parametrize("rows", [3, 64, 130, 2432, 4096])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_small_slices_beside_a_large_one_are_told_apart(rows, axis):
+    leaf = np.ones((rows, 4), np.float32) * np.float32([1e-20, 3e-20, 2e-20, 1])
+    mask = jp.mask_groups({"w": leaf if axis == 0 else leaf.T}, {"w": 2 * rows}, axes=axis)["w"]
+    np.testing.assert_array_equal(np.any(mask, axis), [False, True, False, True])
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("shape", "spec"),
@@ -97,7 +111,7 @@ def test_scores_have_the_bits_of_one_device(shape, tile, monkeypatch):
     ],
 )
 def test_shards_send_numbers_of_slices_and_no_weights(kind, shape, spec):
-    """Compiled, not run: a number or two of every slice for its digits, and no more."""
+    """Compiled, not run: of every slice the largest entry and its digits, and no more."""
     where = mesh(kind)
     with jax.sharding.set_mesh(where):
         leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(where, spec))
@@ -106,7 +120,7 @@ def test_shards_send_numbers_of_slices_and_no_weights(kind, shape, spec):
             over = (axes,) if isinstance(axes, int) else axes
             slices = np.prod(shape) // np.prod([shape[axis] for axis in over])
             sent = collectives(mask.lower(leaf).compile().as_text())
-            assert all(name == "all-reduce" and size <= 8 * slices for name, size in sent), sent
+            assert all(name == "all-reduce" and size <= 12 * slices for name, size in sent), sent
 
 
 @pytest.mark.parametrize("least", [1, 64])

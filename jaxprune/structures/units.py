@@ -24,7 +24,8 @@ def mask_groups(scores: Scores, keep: Counts, *, axes: Any, size: int = 1) -> Ma
 
     A slice runs along ``axes``, as in ``jnp.mean(scores, axes)``: for a ``(in, out)`` kernel,
     ``axes=0`` keeps or removes whole columns, one for each output, and ``size=head_dim`` whole
-    heads, where the outputs are heads times ``head_dim``.
+    heads, where the outputs are heads times ``head_dim``. Slices whose scores add up to more than
+    the largest float are infinite, and tie.
 
     Args:
       scores: a tree of floating arrays, ``None`` where not governed.
@@ -167,9 +168,12 @@ class Units(NamedTuple):
         if any(wide.shape[axis] > 1 for axis in axes):
             wide = _sums.reproducible_sum(wide, axes)
         sums = wide.reshape(self.grid)
-        # A constant divisor would be turned into a factor, which rounds differently.
-        sizes = jax.lax.optimization_barrier(jnp.asarray(self.sizes(), sums.dtype))
-        return sums if how == "sum" else sums / jnp.broadcast_to(sizes, sums.shape)
+        if how == "sum":
+            return sums
+        # A divisor that sums do not share would be turned into a factor, which rounds differently:
+        # this one is taken from them, also under vmap. NaN is NaN, whatever divides it.
+        sizes = jnp.where(jnp.isnan(sums), 1, jnp.asarray(self.sizes(), sums.dtype))
+        return sums / jax.lax.optimization_barrier(sizes)
 
     def _folded(self, combine, x, *, inner, least):
         """Few entries of every unit, and along which axes: lines that shards share, no others."""
