@@ -27,7 +27,7 @@ def prune(
     .. math:: w \leftarrow m \odot w, \quad \textstyle\sum m = (1 - s) n
 
     Args:
-      params: any tree of arrays; a weight that is NaN ranks last, and becomes zero.
+      params: any tree of arrays; a weight that is NaN ranks last.
       sparsity: fraction s of all n governed weights to remove, a number or a traced scalar:
         floor(n s + 1/2) of them, but that ``allocate`` leaves every leaf one unless told otherwise;
         whole units (``mask_groups``, ``mask_blocks``) keep no more than that, and may keep none.

@@ -243,7 +243,7 @@ def summarize(params: Params, masks: Any = None) -> Summary:
         kept = int(np.count_nonzero(mask))
         revived += int(jnp.sum((leaf != 0) & ~mask, dtype=jnp.int32))
         nans += int(jnp.sum(leaf != leaf, dtype=jnp.int32))
-        note = "at its floor" if kept == 1 < mask.size else "" if kept else "NOTHING IS KEPT"
+        note = {0: "NOTHING IS KEPT", 1: "at its floor" if mask.size > 1 else ""}.get(kept, "")
         if id(leaf) in seen:
             note = f"same array as {seen[id(leaf)]}; share one leaf, or its masks may differ"
         seen[id(leaf)] = path
