@@ -201,7 +201,7 @@ def added_up(parts: Sequence[jax.Array]) -> jax.Array:
 
 def count_bits(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
     """Sum two views, the comparisons and all."""
-    return _joint(*(_sum(view, axes, whole=jax.device_count() > 1) for view in (first, second)))
+    return _joint(*(_sum(view, axes, whole=True) for view in (first, second)))
 
 
 def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> Sums:
@@ -217,8 +217,7 @@ def count_bytes(first: jax.Array, second: jax.Array, axes: tuple[int, ...]) -> S
     if again is not None:
         found = lax.optimization_barrier([reduce(jnp.add, again.of(part)) for part in found])
         axes, most = again.axes(axes), _STRIPS * most
-    whole = split is not None and jax.device_count() > 1
-    sums = _joint(*(_sum(part, axes, most, whole=whole) for part in found))
+    sums = _joint(*(_sum(part, axes, most, whole=split is not None) for part in found))
     return jax.tree.map(lambda x: x.reshape(2, *shape), sums)
 
 
@@ -264,8 +263,8 @@ def _sum(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Of integers up to ``most`` in size: exact sums of floats as far as these are.
 
-    Beyond that a sum in two steps, or ``whole`` as an integer, which takes a CPU longer, but is all
-    that shards then send.
+    Beyond that a sum in two steps, or ``whole``, where there may be shards, as an integer: which
+    takes a CPU longer, but is all that they then send.
     """
     shape = x.shape
     inner: tuple[int, ...] = ()
@@ -273,7 +272,8 @@ def _sum(
         if most * math.prod(shape[a] for a in (*inner, axis)) <= _EXACT:
             inner = (*inner, axis)
     outer = tuple(a for a in axes if a not in inner)
-    if math.prod(shape[a] for a in outer) * _DIGIT > _EXACT or (outer and whole):
+    sent_whole = whole and outer and jax.device_count() > 1
+    if sent_whole or math.prod(shape[a] for a in outer) * _DIGIT > _EXACT:
         total = jnp.sum(x, axes, dtype=jnp.int32, keepdims=True)
         return (total & (_DIGIT - 1)).astype(jnp.float32), (total >> 8).astype(jnp.float32)
     total = jnp.sum(x.astype(jnp.float32), inner, keepdims=True)

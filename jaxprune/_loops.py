@@ -36,6 +36,14 @@ def minus(x: jax.Array, known: Any) -> jax.Array:
     return x + np.negative(np.asarray(known, x.dtype))
 
 
+def divide(x: jax.Array, known: Any) -> jax.Array:
+    """``x / known`` as a division rounds: one divisor for all would be turned into a factor.
+
+    So each is chosen by what it divides, also under ``vmap``. NaN is NaN, whatever divides it.
+    """
+    return x / jnp.where(jnp.isnan(x), 1, jnp.asarray(known, x.dtype))
+
+
 def as_type(x: jax.Array, dtype: Any) -> jax.Array:
     """Counts below 2^31 as another integer of 32 bits: there and back is nothing to compile."""
     return lax.bitcast_convert_type(x, dtype)
@@ -112,6 +120,11 @@ def fold(
             joined = [_combined(combine, *pair, axis + 1) for pair in pairs]
             strips = joined + strips[len(strips) // 2 * 2 :]
         x = strips[0].reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def unmixed(axes: tuple[int, ...]) -> dict[int, int]:
+    """The least lines that ``fold`` leaves of axes where shards are not to mix."""
+    return dict.fromkeys(axes, SHARDS)
 
 
 def _cut(lines: int, least: int, most: int) -> tuple[int, int] | None:

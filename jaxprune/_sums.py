@@ -62,7 +62,7 @@ def sum_of_digits(x: jax.Array, axes: tuple[int, ...], *, by_lines: bool = False
 
 def _by_lines(x: jax.Array, axes: tuple[int, ...], dtype: Any = None) -> jax.Array:
     """A sum that is exact in any order: lines of one device are added many at once."""
-    least = {} if _placement.on_one_device(x) else dict.fromkeys(axes, _loops.SHARDS)
+    least = {} if _placement.on_one_device(x) else _loops.unmixed(axes)
     return jnp.sum(_loops.fold(jnp.add, x, axes, least=least), axes, dtype=dtype, keepdims=True)
 
 
@@ -71,8 +71,7 @@ def exponent(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
     Folded first, since a reduction to the largest runs an entry at a time.
     """
-    least = dict.fromkeys(axes, _loops.SHARDS)
-    sizes = _loops.fold(jnp.maximum, jnp.abs(x), axes, least=least)
+    sizes = _loops.fold(jnp.maximum, jnp.abs(x), axes, least=_loops.unmixed(axes))
     return jnp.frexp(jnp.max(sizes, axes, keepdims=True))[1]
 
 

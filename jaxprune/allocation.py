@@ -386,6 +386,4 @@ def _prices(scores: Scores, costs: PyTree) -> list[int]:
 
 
 def _per_cost(leaf: jax.Array, cost: float) -> jax.Array:
-    wide = _tree.widen(leaf)
-    # A constant divisor would be turned into a factor, which rounds differently.
-    return wide / lax.optimization_barrier(jnp.asarray(cost, wide.dtype))
+    return _loops.divide(_tree.widen(leaf), cost)

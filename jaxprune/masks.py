@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _checks, _exact, _leaves, _placement, _sums, _topk, _tree, allocation
+from jaxprune import _checks, _exact, _leaves, _loops, _placement, _sums, _topk, _tree, allocation
 from jaxprune._typing import Allocation, Counts, Masking, Masks, Params, PyTree, Scores
 
 
@@ -168,8 +168,7 @@ def density(masks: Masks) -> jax.Array:
     _tree.check_bools(masks)
     counts = jnp.stack([jnp.sum(mask, dtype=jnp.uint32) for mask in leaves])
     kept = _exact.to_float(_exact.total(counts))[0]
-    everything = jnp.float32(sum(mask.size for mask in leaves))
-    return kept / lax.optimization_barrier(everything)  # or it is a factor, which rounds
+    return _loops.divide(kept, sum(mask.size for mask in leaves))
 
 
 def pack_masks(masks: Masks) -> PyTree:

@@ -85,6 +85,8 @@ def test_density_may_be_traced():
 def test_density_of_all_is_one(n):
     masks = {"a": jnp.ones(n, bool)}
     assert float(jax.jit(jp.density)(masks)) == float(jp.density(masks)) == 1
+    seeds = {"a": jnp.ones((3, n), bool)}
+    assert jax.jit(jax.vmap(jp.density))(seeds).tolist() == [1, 1, 1]
 
 
 @given(st.lists(st.integers(1, 20), min_size=0, max_size=3), st.integers(0, 9))

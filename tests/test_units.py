@@ -84,6 +84,18 @@ def test_scores_have_the_bits_of_one_device(shape, tile, monkeypatch):
     np.testing.assert_allclose(many.ravel(), exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("known", [1 / 3, 2.5, 3, 41, 2**33])
+def test_known_divisors_divide_as_numpy_does(known):
+    """Also zeros, NaN and infinities, alone, in an array and under vmap."""
+    x = np.random.default_rng(0).lognormal(size=(3, 999)).astype(np.float32)
+    x[:, :5] = 0, -0.0, np.nan, np.inf, -np.inf
+    divide, want = partial(_loops.divide, known=known), x / np.float32(known)
+    for f in (divide, jax.jit(divide), jax.jit(jax.vmap(divide))):
+        np.testing.assert_array_equal(f(jnp.asarray(x)), want)
+    each = jax.jit(jax.vmap(divide))(jnp.asarray(x[:, 9]))
+    np.testing.assert_array_equal(each, want[:, 9])
+
+
 def test_a_mean_is_divided_under_vmap_too():
     """41 times a rounded 1/41 is less than 1: a block of 41 ones would come after one of 1."""
     mask = partial(jp.mask_blocks, block=(1, 41), axes=(0, 1))

@@ -168,12 +168,7 @@ class Units(NamedTuple):
         if any(wide.shape[axis] > 1 for axis in axes):
             wide = _sums.reproducible_sum(wide, axes)
         sums = wide.reshape(self.grid)
-        if how == "sum":
-            return sums
-        # A divisor that sums do not share would be turned into a factor, which rounds differently:
-        # this one is taken from them, also under vmap. NaN is NaN, whatever divides it.
-        sizes = jnp.where(jnp.isnan(sums), 1, jnp.asarray(self.sizes(), sums.dtype))
-        return sums / jax.lax.optimization_barrier(sizes)
+        return sums if how == "sum" else _loops.divide(sums, self.sizes())
 
     def _folded(self, combine, x, *, inner, least):
         """Few entries of every unit, and along which axes: lines that shards share, no others."""
